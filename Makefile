@@ -1,0 +1,46 @@
+# One command each. `make demo` and `make test` do everything on a fresh machine: install, build, fetch the model, run.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* patches/*) scripts/vendor.py
+
+.PHONY: demo test lint bench patches reference clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.installed lint reference
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.installed
+	$(BIN)/kvcast bench --model smollm2 --context 7680 --text runtime/kvcast/data/prose.txt --text tests/data/code.txt --text tests/data/log.txt \
+	    --compare last,window,oracle --json out/bench.json
+
+# the patch queue, written anew from an edited vendor/llama.cpp
+patches:
+	$(PYTHON) scripts/vendor.py --export
+
+# llama.cpp without our patches, same flags: what the contract tests compare with
+reference: build/reference/kvcast/lib/libllama.so
+build/reference/kvcast/lib/libllama.so: $(VENV)/.installed
+	test -f $@ || ( $(PYTHON) scripts/vendor.py --pristine build/pristine && \
+	$(BIN)/cmake -S runtime -B build/reference-build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DKVCAST_PRISTINE=ON -DKVCAST_LLAMA=$(abspath build/pristine) > /dev/null && \
+	$(BIN)/cmake --build build/reference-build --target kvcast_libraries && \
+	$(BIN)/cmake --install build/reference-build --prefix build/reference )
+	touch $@
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet cmake ninja
+	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
+	$(BIN)/python -m pip install --verbose ".[cpu,test]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/|Building|Successfully|.*[Ee]rror)" || true
+	$(BIN)/python -c "import kvcast"
+	touch $@
+
+clean:
+	rm -rf build dist out vendor $(VENV)

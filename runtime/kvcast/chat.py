@@ -1,0 +1,139 @@
+"""A conversation about documents, on any ``kvcast.Llama``: the document is read once, answers stream and can be stopped."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator
+
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from .errors import GenerationError, ModelError
+from .llama import Llama
+from .session import StepTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one answer took; seconds and tokens. Times of sparse steps are None when the model runs dense."""
+
+    n_tokens: int
+    first_token_s: float
+    tok_s: float
+    n_context: int
+    stopped: bool
+    times: StepTimes | None
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [f"{self.tok_s:.1f} tok/s", f"{self.n_tokens} tokens", f"first after {self.first_token_s:.1f} s", f"context {self.n_context:,}"]
+        if self.times is not None and self.times.n_steps:
+            t = self.times
+            parts.append(f"KV read {t.blocks_dense / t.blocks_read:.1f}x less than dense")
+            parts.append(f"estimated recovery {t.share_sum / t.n_steps:.2f}")
+        return " · ".join(parts) + (" · stopped" if self.stopped else "")
+
+
+class Conversation:
+    """Messages and the model that answers them.
+
+    Parameters
+    ----------
+    llm : Llama
+    document : str
+        Put before everything else, in the system message; "" for none.
+    """
+
+    def __init__(self, llm: Llama, document: str = ""):
+        self.llm = llm
+        self.messages: list[dict[str, str]] = []
+        self.figures: Figures | None = None
+        self._stop = False
+        if document:
+            self.messages.append({"role": "system", "content": f"Answer from this document.\n\n{document}"})
+            n_tokens = len(llm.tokenize(document.encode(), add_bos=False))
+            if n_tokens + 256 > llm.n_ctx():
+                raise ModelError(
+                    f"the document has {n_tokens} tokens and the context holds {llm.n_ctx()}; use a larger --context or a shorter document"
+                )
+
+    def read(self) -> None:
+        """Process the document now, before any question is known."""
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        if not self.messages or template is None:
+            return
+        formatter = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
+        mark = "\x02question\x02"
+        text = formatter(messages=[*self.messages, {"role": "user", "content": mark}]).prompt.split(mark)[0]
+        tokens = self.llm.tokenize(text.encode(), add_bos=False, special=True)
+        self.llm.reset()
+        self.llm.eval(tokens)
+
+    def ask(self, question: str, **kwargs: Any) -> Iterator[str]:
+        """Answer a question, piece by piece. Ctrl-C, or ``stop``, ends the answer; what was said stays in the conversation.
+
+        ``kwargs`` go to ``create_chat_completion``. ``figures`` holds the answer's figures afterwards.
+        """
+        llm = self.llm
+        self.messages.append({"role": "user", "content": question})
+        self._stop = False
+        sparse = llm.sparse is not None
+        if sparse:
+            llm.session.configure(llm.session.config)
+        said: list[str] = []
+        n_tokens, first = 0, None
+        begin = time.perf_counter()
+        try:
+            for chunk in llm.create_chat_completion(self.messages, stream=True, **kwargs):  # type: ignore[arg-type]
+                piece = chunk["choices"][0]["delta"].get("content")  # type: ignore[index,union-attr]
+                if piece:
+                    first = first or time.perf_counter()
+                    n_tokens += 1
+                    said.append(piece)
+                    yield piece
+                if self._stop:
+                    break
+        except GenerationError:
+            if not self._stop:
+                self.messages.pop()
+                raise
+        except BaseException:
+            self.messages.pop()
+            raise
+        end = time.perf_counter()
+        first = first or end
+        self.messages.append({"role": "assistant", "content": "".join(said)})
+        self.figures = Figures(
+            n_tokens=n_tokens,
+            first_token_s=first - begin,
+            tok_s=(n_tokens - 1) / (end - first) if n_tokens > 1 else 0.0,
+            n_context=llm.n_tokens,
+            stopped=self._stop,
+            times=llm.session.times if sparse else None,
+        )
+
+    def stop(self) -> None:
+        """End the running answer; safe in a signal handler."""
+        self._stop = True
+        self.llm.interrupt()
+
+
+class stop_on_interrupt:
+    """Context manager: Ctrl-C calls ``stop`` once; a second one raises KeyboardInterrupt."""
+
+    def __init__(self, stop: Callable[[], None]):
+        self._stop = stop
+        self._asked = False
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._stop()

@@ -1,0 +1,203 @@
+"""The ``kvcast`` command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Iterator, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import models
+from .config import SparseConfig
+from .errors import KvcastError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
+console = Console()
+notes = Console(stderr=True)
+
+ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvcast models` or a path to a .gguf file.")]
+Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
+Predictor = Annotated[str, typer.Option(help="ema, last, window or oracle.")]
+Calibrate = Annotated[str, typer.Option(help="dense:M or off.")]
+Hold = Annotated[int, typer.Option(help="Steps for which a selected set is kept.")]
+Threads = Annotated[Optional[int], typer.Option(help="Compute threads; all physical cores when not given.")]
+JsonFile = Annotated[Optional[Path], typer.Option("--json", help="Write the report to this file.")]
+
+DEFAULT = SparseConfig()
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator:
+    """A progress bar on stderr; yields ``update(done, total)``."""
+    bar = Progress(
+        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=notes, transient=True, disable=not notes.is_terminal
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def fetched(name: str) -> Path:
+    with progress(f"fetching {name}") as update:
+        return models.resolve(name, update)
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise KvcastError(f"there is no file {str(path)!r}; check the path")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise KvcastError(f"{str(path)!r} is not UTF-8 text; convert it to plain text first") from None
+
+
+@app.command("models")
+def list_models() -> None:
+    """List the models that can be fetched by name, and what is there."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "model", "licence", "MB", "context", "fetched", "for"):
+        table.add_column(column, no_wrap=True)
+    for m in models.MODELS:
+        there = (models.cache_dir() / m.file).exists()
+        use = "everyone" if m.offered else "development"
+        table.add_row(m.name, m.title, m.licence, f"{m.size_bytes / 1e6:.0f}", str(m.context), "yes" if there else "no", use)
+    console.print(table)
+    notes.print(f"kept in {models.cache_dir()}", highlight=False)
+
+
+@app.command()
+def chat(
+    model: ModelName = "smollm2",
+    file: Annotated[Optional[list[Path]], typer.Option("--file", "-f", help="A text file to talk about; repeatable.")] = None,
+    budget: Budget = DEFAULT.budget,
+    dense: Annotated[bool, typer.Option("--dense", help="Plain llama.cpp, no sparse attention.")] = False,
+    context: Annotated[int, typer.Option(help="Tokens the context holds; 0: what the model was trained for.")] = 0,
+    predictor: Predictor = DEFAULT.predictor,
+    calibrate: Calibrate = DEFAULT.calibrate,
+    hold: Hold = DEFAULT.hold,
+    threads: Threads = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
+) -> None:
+    """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
+    from .chat import Conversation, stop_on_interrupt
+    from .llama import Llama
+
+    config = None if dense else SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold)
+    document = "\n\n".join(read_text(path) for path in file or [])
+    more = {"n_threads": threads} if threads else {}
+    if dense:
+        more.update(flash_attn=True, n_threads=threads or _all_cores())
+    with contextlib.closing(Llama(fetched(model), n_ctx=context, sparse=config, verbose=False, **more)) as llm:
+        conversation = Conversation(llm, document)
+        if document:
+            with progress("reading the document") as update:
+                if config is not None:
+                    llm.session.on_progress = update
+                with stop_on_interrupt(conversation.stop):
+                    conversation.read()
+            if config is not None:
+                llm.session.on_progress = None
+            notes.print(f"read {llm.n_tokens:,} tokens; ask away", highlight=False)
+        while True:
+            try:
+                question = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if not question.strip():
+                break
+            with stop_on_interrupt(conversation.stop):
+                for piece in conversation.ask(question, max_tokens=max_tokens, temperature=temperature):
+                    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print()
+            assert conversation.figures is not None
+            notes.print(conversation.figures.line(), style="dim", highlight=False)
+
+
+def _all_cores() -> int:
+    import psutil
+
+    return psutil.cpu_count(logical=False) or 1
+
+
+@app.command()
+def bench(
+    model: ModelName = "smollm2",
+    context: Annotated[int, typer.Option(help="Tokens of prompt.")] = 7680,
+    text: Annotated[Optional[list[Path]], typer.Option(help="Documents; speed is measured on the first. Default: a novel that comes with kvcast.")] = None,
+    budget: Budget = DEFAULT.budget,
+    predictor: Predictor = DEFAULT.predictor,
+    calibrate: Calibrate = DEFAULT.calibrate,
+    hold: Hold = DEFAULT.hold,
+    compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",
+    steps: Annotated[int, typer.Option(help="Decode steps of a round.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 5,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure sparse against dense: speed, KV read, recovery."""
+    from .bench import bench as run
+
+    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold)
+    others = [name for name in compare.split(",") if name]
+    for name in others:
+        SparseConfig(predictor=name)
+    texts = {path.stem: read_text(path) for path in text or [DEFAULT_TEXT]}
+    path = fetched(model)
+    with notes.status("bench") as status:
+        report = run(path, texts, context, config, n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, say=status.update)
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    show(report)
+
+
+DEFAULT_TEXT = Path(__file__).parent / "data" / "prose.txt"
+
+
+def show(report: dict) -> None:
+    """The report of ``bench`` as tables."""
+    settings = ", ".join(f"{k}={v}" for k, v in report["config"].items() if v is not None)
+    console.print(f"{report['model']}, context {report['context']}, {report['threads']} threads", highlight=False)
+    console.print(f"SparseConfig({settings})", style="dim", highlight=False)
+    speed = Table(box=None, pad_edge=False)
+    for column in ("", "tok/s", "to dense", "KV read per token"):
+        speed.add_column(column, justify="left" if not column else "right")
+    dense, kv = report["dense"], report["kv"]
+    flash = "on" if dense["flash_attn"] else "off"
+    rows = [
+        (f"dense (flash attention {flash})", dense["tok_s"], kv["read_bytes_dense"]),
+        ("sparse", report["sparse"]["tok_s"], kv["read_bytes_sparse"]),
+        ("sparse, frozen set", report["frozen"]["tok_s"], None),
+        (f"dense at context {report['dense_at_budget']['context']}", report["dense_at_budget"]["tok_s"], None),
+    ]
+    for name, tok_s, read in rows:
+        speed.add_row(name, f"{tok_s:.1f}", f"{tok_s / dense['tok_s']:.2f}x", f"{read / 1e6:.1f} MB" if read else "")
+    console.print(speed)
+    table = Table(box=None, pad_edge=False)
+    for column in ("document", "predictor", "recovery", "middle", "churn/step"):
+        table.add_column(column)
+    for name, results in report["documents"].items():
+        for r in results:
+            table.add_row(name, r["predictor"], f"{r['recovery']:.3f}", f"{r['middle_recovery']:.3f}", f"{r['churn']:.1%}")
+    console.print(table)
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in report["step_ms"].items())
+    console.print(f"step, ms: {parts}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors of ours are one sentence and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except (KvcastError, ValueError, TypeError) as error:
+        notes.print(f"kvcast: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

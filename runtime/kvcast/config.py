@@ -1,0 +1,91 @@
+"""How sparse attention is run: one frozen dataclass, validated when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .native import BLOCK_TOKENS
+
+PREDICTORS = ("ema", "last", "window", "oracle")
+
+
+@dataclass(frozen=True, slots=True)
+class SparseConfig:
+    """Settings of sparse attention; the defaults are what README's figures were measured with.
+
+    Parameters
+    ----------
+    budget : int
+        Tokens that each KV head of each layer attends to, sink and window included.
+    compression : float or None
+        Instead of ``budget``: the budget is context / compression, renewed at each selection.
+    predictor : str
+        ``ema`` (average of past block scores), ``last`` (scores of the last step), ``window`` (sink and window only),
+        ``oracle`` (runs each step twice to see the true scores; for evaluation).
+    sink, window : int
+        First and most recent tokens that are always attended to.
+    hold : int
+        Steps for which a selected set is kept.
+    calibrate : str
+        ``dense:M`` (one step in M attends to everything and so renews every score) or ``off``.
+    budgets : str
+        ``uniform``: the same budget for every layer and KV head.
+    path : str
+        ``auto`` or ``host``: attention on the CPU beside the store.
+
+    Raises
+    ------
+    ValueError
+        A value is out of its range; the message names it and what would be right.
+    """
+
+    budget: int = 512
+    compression: float | None = None
+    predictor: str = "ema"
+    sink: int = 64
+    window: int = 64
+    hold: int = 8
+    calibrate: str = "dense:16"
+    budgets: str = "uniform"
+    path: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "sink", "window", "hold"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+        for name in ("sink", "window"):
+            value = getattr(self, name)
+            if value < BLOCK_TOKENS or value % BLOCK_TOKENS:
+                raise ValueError(f"{name} is {value} tokens; it must be a multiple of {BLOCK_TOKENS}, at least {BLOCK_TOKENS}")
+        least = self.sink + self.window + BLOCK_TOKENS
+        if self.budget < least:
+            raise ValueError(
+                f"budget is {self.budget} tokens; it must be at least {least}: sink ({self.sink}), window ({self.window}) "
+                f"and one block of {BLOCK_TOKENS}"
+            )
+        if self.compression is not None and not self.compression >= 1:
+            raise ValueError(f"compression is {self.compression}; it must be 1 or more")
+        if self.hold < 1:
+            raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}")
+        if self.calibrate != "off" and not re.fullmatch(r"dense:[1-9]\d*", self.calibrate):
+            raise ValueError(f"calibrate is {self.calibrate!r}; use 'dense:M' with M >= 1, or 'off'")
+        if self.budgets != "uniform":
+            raise ValueError(f"budgets is {self.budgets!r}; only 'uniform' is there yet")
+        if self.path not in ("auto", "host"):
+            raise ValueError(f"path is {self.path!r}; use 'auto' or 'host'")
+
+    @property
+    def calibrate_every(self) -> int:
+        """Steps from one calibration to the next; 0 when off."""
+        return 0 if self.calibrate == "off" else int(self.calibrate.split(":")[1])
+
+    def budget_blocks(self, n_tokens: int) -> int:
+        """Blocks per layer and KV head at a context of ``n_tokens``."""
+        tokens = self.budget
+        if self.compression is not None:
+            tokens = max(self.sink + self.window + BLOCK_TOKENS, int(n_tokens / self.compression))
+        return tokens // BLOCK_TOKENS

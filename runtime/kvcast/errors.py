@@ -1,0 +1,21 @@
+"""Errors that a user can cause. Each message is one sentence that names what is wrong and what to do."""
+
+
+class KvcastError(Exception):
+    """Base class of kvcast's own errors."""
+
+
+class SparseUnsupported(KvcastError):
+    """The model or the context cannot run sparse attention; it runs with ``sparse=None``."""
+
+
+class ModelError(KvcastError):
+    """A model is unknown, missing, damaged or does not fit."""
+
+
+class GenerationError(KvcastError):
+    """A step failed; the store holds everything up to the step before."""
+
+
+class CallbackError(GenerationError):
+    """A user's callback raised; the exception is the ``__cause__``."""

@@ -1,0 +1,265 @@
+"""``kvcast.Llama``: llama-cpp-python's ``Llama`` with sparse attention."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, Callable, Sequence
+
+import numpy as np
+import psutil
+
+from . import native
+from .config import SparseConfig
+from .errors import CallbackError, GenerationError, ModelError
+from .header import Header, read_header
+from .session import AttentionFn, Session
+
+import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
+
+_ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
+GIB = 1 << 30
+
+
+class Llama(llama_cpp.Llama):
+    """A llama-cpp-python ``Llama`` whose decode steps attend to a predicted set of KV blocks.
+
+    Parameters
+    ----------
+    model_path : str
+        A GGUF file.
+    sparse : SparseConfig or None
+        None is stock behaviour, to the bit. With a config the KV cache is kept in host memory, flash attention is on
+        and, unless ``n_threads`` is given, all physical cores are used.
+    **kwargs
+        Those of ``llama_cpp.Llama``. Unknown ones are an error.
+
+    Raises
+    ------
+    TypeError
+        An unknown keyword argument.
+    ValueError
+        An argument that contradicts ``sparse``.
+    ModelError
+        The file is missing or damaged, or its KV cache does not fit into memory.
+    SparseUnsupported
+        The model cannot run sparse; it can with ``sparse=None``.
+    """
+
+    def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
+        self._session: Session | None = None
+        unknown = [name for name in kwargs if name not in _ARGUMENTS or name == "kwargs"]
+        if unknown:
+            close = _closest(unknown[0])
+            raise TypeError(f"Llama has no argument {unknown[0]!r}" + (f"; did you mean {close!r}?" if close else ""))
+        if sparse is not None:
+            _refuse_contradictions(kwargs)
+            kwargs = {"n_threads": psutil.cpu_count(logical=False) or os.cpu_count(), **kwargs}
+            kwargs.update(offload_kqv=False, flash_attn=True)
+        header = read_header(model_path)
+        n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
+        _check_memory(header, n_ctx, kwargs)
+        try:
+            super().__init__(os.fspath(model_path), **kwargs)
+        except ValueError as error:
+            if "load model" in str(error) or "create llama_context" in str(error):
+                raise ModelError(
+                    f"llama.cpp could not load {os.fspath(model_path)!r}: the file is damaged, of an unknown family, or "
+                    "memory ran out; verbose=True shows its own words"
+                ) from error
+            raise
+        self.header = header
+        self._config = sparse
+        self._callback_error: BaseException | None = None
+        if sparse is not None:
+            try:
+                self._session = Session(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()))
+            except BaseException:
+                self.close()
+                raise
+
+    # ---- evaluation
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens; single ones sparse once the history knows something of the context."""
+        session = self._session
+        if session is None:
+            return super().eval(tokens)
+        if len(tokens) == 0:
+            return
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise GenerationError(
+                f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
+                "start over, shorten the text or load the model with a larger n_ctx"
+            )
+        tokens = list(tokens)
+        if session.n_tokens != self.n_tokens or not session.history.primed:
+            session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
+            if self.n_tokens and not session.history.primed:
+                tokens = self._take_back(tokens)
+        if len(tokens) > 1 or not session.history.primed:
+            session.prompt(tokens, self._decode)
+        else:
+            if session.config.predictor == "oracle":
+                self._look_ahead(tokens[0])
+            session.step(tokens[0], self._decode)
+
+    def _take_back(self, tokens: list[int]) -> list[int]:
+        """Prepend the last tokens of the store, to be run once more for their scores."""
+        assert self._session is not None
+        n_back = min(self.n_tokens, 64)
+        again = self.input_ids[self.n_tokens - n_back : self.n_tokens].tolist()
+        self.n_tokens -= n_back
+        self._session.truncate(self.n_tokens)
+        return again + tokens
+
+    def _look_ahead(self, token: int) -> None:
+        """For the oracle: the token's true scores, from a dense step that is taken back."""
+        assert self._session is not None
+        self._session.observe_truth(token, self._decode)
+        self.n_tokens -= 1
+        self._session.n_tokens -= 1
+
+    def _decode(self, tokens: Sequence[int]) -> None:
+        session = self._session
+        assert session is not None
+        session.attached.clear_abort()
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            self._after_failure()
+            cause, self._callback_error = self._callback_error, None
+            if cause is not None:
+                raise CallbackError(f"an attention callback raised {type(cause).__name__}: {cause}; the step was not taken") from cause
+            reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
+            raise GenerationError(f"{reason}; the store holds the {self.n_tokens} tokens before it") from error
+        except BaseException:
+            self._after_failure()
+            raise
+
+    def _after_failure(self) -> None:
+        assert self._session is not None
+        self._session.truncate(self.n_tokens)
+
+    # ---- state
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """As in llama-cpp-python; the history is made again at the next evaluation, from the last 64 tokens."""
+        super().load_state(state)
+        if self._session is not None:
+            self._session.forget()
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+        session, self._session = getattr(self, "_session", None), None
+        if session is not None:
+            session.close()
+        if hasattr(self, "_stack"):
+            super().close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # ---- kvcast's own
+
+    @property
+    def sparse(self) -> SparseConfig | None:
+        """The configuration this model was loaded with."""
+        return self._config
+
+    @property
+    def session(self) -> Session:
+        """The running sparse session: times, history, lists.
+
+        Raises
+        ------
+        ValueError
+            The model was loaded with ``sparse=None``.
+        """
+        if self._session is None:
+            raise ValueError("this model runs dense; load it with sparse=SparseConfig()")
+        return self._session
+
+    def interrupt(self) -> None:
+        """Stop the running step, from a signal handler or another thread; generation ends with ``GenerationError``."""
+        if self._session is not None:
+            self._session.attached.abort()
+
+    def on_attention(self, fn: AttentionFn | None) -> None:
+        """Call ``fn(layer, step, block_scores)`` as each layer's attention of a history or sparse step is done.
+
+        Parameters
+        ----------
+        fn : callable or None
+            ``layer`` and ``step`` (position of the newest token) are ints; ``block_scores`` is float32, shape
+            (n_head_kv, n_blocks), the attention probability of each block, 0 where a sparse step did not attend. The
+            array is the callee's to keep. None removes the callback.
+
+        Raises
+        ------
+        CallbackError
+            From the call that generates, when ``fn`` raised; its exception is the ``__cause__``.
+        """
+        attached = self.session.attached
+        if fn is None:
+            attached.set_attention_callback(None)
+            return
+        session, info = self.session, attached.info
+
+        def call(_user, layer, pos, scores, n_taps, n_head_kv, stride) -> int:
+            try:
+                given = np.ctypeslib.as_array(scores, shape=(n_taps, n_head_kv, stride))[-1]
+                n_used = pos // native.BLOCK_TOKENS + 1
+                if session.in_sparse_step:
+                    full = np.zeros((n_head_kv, n_used), np.float32)
+                    for head in range(n_head_kv):
+                        n = attached.n_listed[layer, head]
+                        full[head, attached.blocks[layer, head, :n]] = given[head, :n]
+                else:
+                    full = given[:, :n_used].copy()
+                fn(layer, pos, full)
+                return 0
+            except BaseException as error:  # noqa: BLE001 - must not pass through native code; raised again by _decode
+                self._callback_error = error
+                return 1
+
+        assert info.n_layer > 0
+        attached.set_attention_callback(call)
+
+
+def _refuse_contradictions(kwargs: dict[str, Any]) -> None:
+    wrong: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "offload_kqv": (lambda v: bool(v), "the KV cache lies in host memory"),
+        "flash_attn": (lambda v: not v, "V must be stored row by row"),
+        "embedding": (lambda v: bool(v), "embeddings have no decode steps"),
+        "draft_model": (lambda v: v is not None, "speculative decoding is not supported with it yet"),
+        "chat_handler": (lambda v: v is not None, "multimodal handlers bring another libllama"),
+    }
+    for name, (is_wrong, why) in wrong.items():
+        if name in kwargs and is_wrong(kwargs[name]):
+            raise ValueError(f"{name}={kwargs[name]!r} contradicts sparse=SparseConfig(...): {why}; leave it out or use sparse=None")
+
+
+def _closest(name: str) -> str | None:
+    import difflib
+
+    found = difflib.get_close_matches(name, [*_ARGUMENTS, "sparse"], n=1)
+    return found[0] if found else None
+
+
+def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any]) -> None:
+    """Refuse a KV cache that memory cannot hold: allocating it would get the process killed."""
+    if kwargs.get("vocab_only"):
+        return
+    need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1)
+    free = psutil.virtual_memory().available
+    if need > free and not (kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True)):
+        per_token = header.store_bytes(256) / 256
+        raise ModelError(
+            f"a context of {n_ctx} tokens needs {need / GIB:.1f} GiB for its KV cache, and {free / GIB:.1f} GiB are free; "
+            f"n_ctx={int(free * 0.8 / per_token) // 256 * 256} would fit"
+        )
+
+
+def _history_bytes_per_token(header: Header, n_ctx: int) -> int:
+    return header.n_layer * header.n_head_kv * (-(-n_ctx // native.BLOCK_TOKENS)) * 4

@@ -1,0 +1,201 @@
+"""ctypes bindings of kvcast.h, in the style of llama-cpp-python, and ``Attached``, which owns one attachment.
+
+Arrays are NumPy views of native memory: nothing is copied, and they are valid until ``close``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from .library import use_own_libraries
+
+use_own_libraries()
+
+import llama_cpp.llama_cpp as llama_cpp  # noqa: E402
+
+from .errors import SparseUnsupported  # noqa: E402
+
+BLOCK_TOKENS = 16
+
+DENSE, HISTORY, SPARSE = 0, 1, 2
+TRACE_NONE, TRACE_HEAD = 0, 1
+
+kvcast_p = ctypes.c_void_p
+c_float_p = ctypes.POINTER(ctypes.c_float)
+c_int32_p = ctypes.POINTER(ctypes.c_int32)
+ctypes_function = llama_cpp.ctypes_function
+
+# int fn(user, layer, pos, scores, n_taps, n_head_kv, stride)
+attention_callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, c_float_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32
+)
+
+
+class kvcast_params(ctypes.Structure):
+    _fields_ = [("max_taps", ctypes.c_int32), ("trace", ctypes.c_int32)]
+
+
+class kvcast_info(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("n_layer", "n_head", "n_head_kv", "head_dim_k", "head_dim_v", "n_cells")),
+        *((name, ctypes.c_int32) for name in ("n_blocks", "max_taps", "type_k", "type_v")),
+        *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes")),
+    ]
+
+
+class kvcast_stats(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read")]
+
+
+# fmt: off
+@ctypes_function("kvcast_version", [], ctypes.c_char_p)
+def kvcast_version() -> bytes: ...
+@ctypes_function("kvcast_attach", [llama_cpp.llama_context_p_ctypes, kvcast_params, ctypes.c_char_p, ctypes.c_int32], kvcast_p)
+def kvcast_attach(ctx, params, error, n_error, /): ...
+@ctypes_function("kvcast_detach", [kvcast_p], None)
+def kvcast_detach(kv, /): ...
+@ctypes_function("kvcast_get_info", [kvcast_p], kvcast_info)
+def kvcast_get_info(kv, /) -> kvcast_info: ...
+@ctypes_function("kvcast_set_mode", [kvcast_p, ctypes.c_int32], None)
+def kvcast_set_mode(kv, mode, /): ...
+@ctypes_function("kvcast_invalidate", [kvcast_p], None)
+def kvcast_invalidate(kv, /): ...
+@ctypes_function("kvcast_abort", [kvcast_p], None)
+def kvcast_abort(kv, /): ...
+@ctypes_function("kvcast_clear_abort", [kvcast_p], None)
+def kvcast_clear_abort(kv, /): ...
+@ctypes_function("kvcast_last_error", [kvcast_p], ctypes.c_char_p)
+def kvcast_last_error(kv, /) -> bytes: ...
+@ctypes_function("kvcast_set_attention_callback", [kvcast_p, attention_callback, ctypes.c_void_p], None)
+def kvcast_set_attention_callback(kv, fn, user, /): ...
+@ctypes_function("kvcast_blocks", [kvcast_p], c_int32_p)
+def kvcast_blocks(kv, /): ...
+@ctypes_function("kvcast_n_listed", [kvcast_p], c_int32_p)
+def kvcast_n_listed(kv, /): ...
+@ctypes_function("kvcast_scores", [kvcast_p], c_float_p)
+def kvcast_scores(kv, /): ...
+@ctypes_function("kvcast_history_scores", [kvcast_p], c_float_p)
+def kvcast_history_scores(kv, /): ...
+@ctypes_function("kvcast_lse", [kvcast_p], c_float_p)
+def kvcast_lse(kv, /): ...
+@ctypes_function("kvcast_trace_q", [kvcast_p], c_float_p)
+def kvcast_trace_q(kv, /): ...
+@ctypes_function("kvcast_trace_scores", [kvcast_p], c_float_p)
+def kvcast_trace_scores(kv, /): ...
+@ctypes_function("kvcast_k_data", [kvcast_p, ctypes.c_int32], ctypes.c_void_p)
+def kvcast_k_data(kv, layer, /): ...
+@ctypes_function("kvcast_v_data", [kvcast_p, ctypes.c_int32], ctypes.c_void_p)
+def kvcast_v_data(kv, layer, /): ...
+@ctypes_function("kvcast_get_stats", [kvcast_p], kvcast_stats)
+def kvcast_get_stats(kv, /) -> kvcast_stats: ...
+@ctypes_function("kvcast_reset_stats", [kvcast_p], None)
+def kvcast_reset_stats(kv, /): ...
+# fmt: on
+
+
+class Attached:
+    """One kvcast context on one llama_context: modes, block lists in, scores out.
+
+    Parameters
+    ----------
+    ctx : llama_context_p
+        Must outlive this object, or be closed after it.
+    max_taps : int
+        Largest batch in history mode, tokens.
+    trace : int
+        ``TRACE_HEAD`` keeps q and the scores of every query head.
+
+    Attributes
+    ----------
+    blocks : int32, shape (n_layer, n_head_kv, n_blocks)
+        Block lists of the next sparse steps; ids ascending, the first ``n_listed`` count.
+    n_listed : int32, shape (n_layer, n_head_kv)
+    scores : float32, shape (n_layer, n_head_kv, n_blocks)
+        Of the last sparse step, in list order, mean over the query heads of the group.
+    history_scores : float32, shape (n_layer, max_taps, n_head_kv, n_blocks)
+        Of the last history batch, in block order.
+    lse : float32, shape (n_layer, max_taps, n_head)
+        Natural log of the sum of exp(logit), by query head.
+    trace_q, trace_scores : float32, (n_layer, max_taps, n_head, head_dim_k), (n_layer, max_taps, n_head, n_blocks), or None
+
+    Raises
+    ------
+    SparseUnsupported
+        The model or context cannot be served; the message says why.
+    """
+
+    def __init__(self, ctx, max_taps: int = 64, trace: int = TRACE_NONE):
+        self._kv = None
+        error = ctypes.create_string_buffer(512)
+        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace), error, len(error))
+        if not kv:
+            reason = error.value.decode()
+            raise SparseUnsupported(f"sparse attention is not possible here: {reason}; run it dense with sparse=None (--dense)")
+        self._kv = kv
+        self._callback = attention_callback()
+        self.info = info = kvcast_get_info(kv)
+        rows = (info.n_layer, info.n_head_kv)
+        taps = (info.n_layer, info.max_taps)
+
+        def view(pointer, shape):
+            return np.ctypeslib.as_array(pointer, shape=shape) if pointer else None
+
+        self.blocks = view(kvcast_blocks(kv), (*rows, info.n_blocks))
+        self.n_listed = view(kvcast_n_listed(kv), rows)
+        self.scores = view(kvcast_scores(kv), (*rows, info.n_blocks))
+        self.history_scores = view(kvcast_history_scores(kv), (*taps, info.n_head_kv, info.n_blocks))
+        self.lse = view(kvcast_lse(kv), (*taps, info.n_head))
+        self.trace_q = view(kvcast_trace_q(kv), (*taps, info.n_head, info.head_dim_k))
+        self.trace_scores = view(kvcast_trace_scores(kv), (*taps, info.n_head, info.n_blocks))
+
+    def close(self) -> None:
+        kv, self._kv = self._kv, None
+        if kv:
+            kvcast_detach(kv)
+
+    def set_mode(self, mode: int) -> None:
+        kvcast_set_mode(self._kv, mode)
+
+    def invalidate(self) -> None:
+        kvcast_invalidate(self._kv)
+
+    def abort(self) -> None:
+        """Stop the running or next decode between two nodes. Safe from any thread and from a signal handler."""
+        if self._kv:
+            kvcast_abort(self._kv)
+
+    def clear_abort(self) -> None:
+        kvcast_clear_abort(self._kv)
+
+    @property
+    def last_error(self) -> str:
+        return kvcast_last_error(self._kv).decode()
+
+    @property
+    def stats(self) -> kvcast_stats:
+        return kvcast_get_stats(self._kv)
+
+    def reset_stats(self) -> None:
+        kvcast_reset_stats(self._kv)
+
+    def set_attention_callback(self, fn: Callable[..., int] | None) -> None:
+        """``fn(user, layer, pos, scores, n_taps, n_head_kv, stride)`` as in kvcast.h; None removes it."""
+        callback = attention_callback(fn) if fn is not None else attention_callback()
+        kvcast_set_attention_callback(self._kv, callback, None)
+        self._callback = callback  # keeps it alive while native code may call it
+
+    def rows(self, layer: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """K and V of a layer in the store: uint8, shapes (n_cells, k_row_bytes) and (n_cells, v_row_bytes)."""
+        if not 0 <= layer < self.info.n_layer:
+            raise IndexError(f"layer {layer} is not in 0..{self.info.n_layer - 1}")
+
+        def view(address, row_bytes):
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+            return np.ctypeslib.as_array(pointer, shape=(self.info.n_cells, row_bytes))
+
+        k = view(kvcast_k_data(self._kv, layer), self.info.k_row_bytes)
+        return k, view(kvcast_v_data(self._kv, layer), self.info.v_row_bytes)

@@ -1,0 +1,40 @@
+"""What will be attended next: ``predict(history) -> scores``. A predictor knows nothing of budgets or of where blocks are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .history import DECAYS, History
+
+
+class Predictor(Protocol):
+    """Scores of the blocks for the steps to come."""
+
+    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+        """float32, shape (n_rows, >= n_blocks): larger means more attention; only the order within a row counts."""
+        ...
+
+
+class Average:
+    """The exponential average of one decay; decay 0 is the score of the last step."""
+
+    def __init__(self, decay: float):
+        self._index = DECAYS.index(decay)
+
+    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+        return history.averages[:, self._index, :]
+
+
+class Nothing:
+    """No block between sink and window is worth keeping (sink and window only)."""
+
+    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+        return np.full((len(history.averages), n_blocks), -1.0, np.float32)
+
+
+def make(name: str) -> Predictor:
+    """The predictor of a SparseConfig's ``predictor``; ``oracle`` ranks the true scores that the session put last."""
+    return {"ema": Average(0.9), "last": Average(0.0), "oracle": Average(0.0), "window": Nothing()}[name]

@@ -1,0 +1,111 @@
+"""Which blocks to keep: ``select(scores, ...)`` writes block lists. It knows nothing of predictors or of storage."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+
+@numba.njit(nogil=True, cache=True)
+def _select(scores, n_sink, window_begin, n_used, n_critical, blocks, n_listed, shares, scratch):
+    n_middle = window_begin - n_sink
+    for row in range(scores.shape[0]):
+        n = 0
+        for b in range(n_sink):
+            blocks[row, n] = b
+            n += 1
+        # the score of the last block that gets in
+        keep = min(n_critical, n_middle)
+        threshold = np.float32(np.inf)
+        n_equal = 0
+        if keep > 0:
+            for i in range(n_middle):
+                scratch[i] = -scores[row, n_sink + i]
+            part = np.partition(scratch[:n_middle], keep - 1)
+            threshold = -part[keep - 1]
+            n_above = 0
+            for i in range(n_middle):
+                if scores[row, n_sink + i] > threshold:
+                    n_above += 1
+            n_equal = keep - n_above
+        for b in range(n_sink, window_begin):
+            s = scores[row, b]
+            take = s > threshold
+            if s == threshold and n_equal > 0:
+                take = True
+                n_equal -= 1
+            if take and s >= 0:
+                blocks[row, n] = b
+                n += 1
+        for b in range(window_begin, n_used):
+            blocks[row, n] = b
+            n += 1
+        n_listed[row] = n
+        # share of the predicted attention that the list holds
+        total = np.float32(0)
+        for b in range(n_used):
+            total += max(scores[row, b], np.float32(0))
+        held = np.float32(0)
+        for i in range(n):
+            held += max(scores[row, blocks[row, i]], np.float32(0))
+        shares[row] = held / total if total > 0 else np.float32(1)
+
+
+def select(
+    scores: npt.NDArray[np.float32],
+    n_used: int,
+    n_budget: int,
+    n_sink: int,
+    n_window: int,
+    blocks: npt.NDArray[np.int32],
+    n_listed: npt.NDArray[np.int32],
+    shares: npt.NDArray[np.float32],
+) -> None:
+    """Write the list of every row: sink, the best ``n_budget - n_sink - n_window`` between, window. Ids ascend.
+
+    Parameters
+    ----------
+    scores : float32, shape (n_rows, >= n_used)
+        Negative scores are never selected. Ties go to the earlier block.
+    n_used, n_budget, n_sink, n_window : int
+        Blocks in use; blocks per row; of these at the start and at the end of the context.
+    blocks : int32, shape (n_rows, >= n_used), out
+    n_listed : int32, shape (n_rows,), out
+    shares : float32, shape (n_rows,), out
+        Share of the (non-negative) scores that the listed blocks hold: the estimate of the step's recovery.
+    """
+    if n_budget >= n_used:
+        list_all(n_used, blocks, n_listed, shares)
+        return
+    n_sink = min(n_sink, n_used)
+    window_begin = max(n_sink, n_used - n_window)
+    scratch = np.empty(n_used, np.float32)
+    _select(scores, n_sink, window_begin, n_used, n_budget - n_sink - n_window, blocks, n_listed, shares, scratch)
+
+
+def list_all(n_used: int, blocks: npt.NDArray[np.int32], n_listed: npt.NDArray[np.int32], shares: npt.NDArray[np.float32]) -> None:
+    """Every block in use, for every row."""
+    blocks[:, :n_used] = np.arange(n_used, dtype=np.int32)
+    n_listed[:] = n_used
+    shares[:] = 1.0
+
+
+@numba.njit(nogil=True, cache=True)
+def count_changes(blocks, n_listed, mask):
+    """Blocks listed now and not in ``mask`` (bool, shape (n_rows, n_blocks)), which then holds what is listed now."""
+    n = 0
+    for row in range(blocks.shape[0]):
+        for i in range(n_listed[row]):
+            if not mask[row, blocks[row, i]]:
+                n += 1
+        mask[row, :] = False
+        for i in range(n_listed[row]):
+            mask[row, blocks[row, i]] = True
+    return n
+
+
+def append_block(block: int, blocks: npt.NDArray[np.int32], n_listed: npt.NDArray[np.int32]) -> None:
+    """Add a newly opened block, larger than all listed, to the end of every list."""
+    blocks[np.arange(len(blocks)), n_listed] = block
+    n_listed += 1

@@ -1,0 +1,306 @@
+// The two graph nodes: attention over listed blocks (sparse mode), block scores beside flash attention (history mode).
+#include "context.h"
+#include "kvcast-graph.h"
+
+#include "llama-kv-cache.h"
+
+#include <cmath>
+#include <cstring>
+
+using kvcast::rows;
+using kvcast::task;
+
+namespace {
+
+rows head_rows(const ggml_tensor * t, int head) {
+    return {
+        (const char *) t->data + head*t->nb[1],
+        t->nb[2],
+        (int) t->ne[0],
+        t->type == GGML_TYPE_F16 ? nullptr : ggml_get_type_traits(t->type)->to_float,
+    };
+}
+
+float * thread_scratch(size_t n) {
+    static thread_local std::vector<float> buffer;
+    if (buffer.size() < n) {
+        buffer.resize(n);
+    }
+    return buffer.data();
+}
+
+// queries [begin, end) of the group of a KV head, scaled: dst [(end - begin)*group][head_dim]
+void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst) {
+    for (int t = begin; t < end; ++t) {
+        for (int g = 0; g < group; ++g) {
+            const float * src = (const float *) ((const char *) q->data + t*q->nb[2] + (head*group + g)*q->nb[1]);
+            for (int64_t i = 0; i < q->ne[0]; ++i) {
+                *dst++ = src[i]*scale;
+            }
+        }
+    }
+}
+
+void keep_trace(const kvcast_context & kv, const ggml_tensor * q, int layer) {
+    const auto & info = kv.info;
+    float * dst = const_cast<float *>(kv.trace_q.data()) + (size_t) layer*info.max_taps*info.n_head*info.head_dim_k;
+    for (int64_t t = 0; t < q->ne[2]; ++t) {
+        for (int h = 0; h < info.n_head; ++h, dst += info.head_dim_k) {
+            memcpy(dst, (const char *) q->data + t*q->nb[2] + h*q->nb[1], sizeof(float)*info.head_dim_k);
+        }
+    }
+}
+
+// The thread that completes the last head of a layer reports it.
+void complete_head(kvcast_layer & layer, const ggml_tensor * q, int n_taps) {
+    auto & kv = *layer.kv;
+    const auto & info = kv.info;
+    if (layer.heads_done.fetch_add(1, std::memory_order_acq_rel) + 1 < info.n_head_kv) {
+        return;
+    }
+    if (!kv.trace_q.empty()) {
+        keep_trace(kv, q, layer.id);
+    }
+    const float * scores = kv.history_scores.data() + (size_t) layer.id*info.max_taps*info.n_head_kv*info.n_blocks;
+    if (kv.mode == KVCAST_SPARSE) {
+        kv.stats.attention_us += ggml_time_us() - layer.begin_us;
+        scores = kv.scores.data() + (size_t) layer.id*info.n_head_kv*info.n_blocks;
+    }
+    if (kv.callback && kv.callback(kv.callback_user, layer.id, kv.q_pos.back(), scores, n_taps, info.n_head_kv, info.n_blocks) != 0) {
+        kv.fail("an attention callback failed");
+    }
+}
+
+
+// ---- sparse
+
+void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
+    auto & kv = *layer.kv;
+    const auto & info = kv.info;
+    const int group = kv.group();
+    const int n     = kv.n_listed[(size_t) layer.id*info.n_head_kv + head];
+    const int dv    = info.head_dim_v;
+
+    size_t first = 0;
+    while (layer.parts[first].head != head) {
+        ++first;
+    }
+    const size_t last = first + layer.n_parts[head];
+
+    float * scores = &kv.scores[((size_t) layer.id*info.n_head_kv + head)*info.n_blocks];
+    memset(scores, 0, sizeof(float)*n);
+
+    for (int g = 0; g < group; ++g) {
+        const int iq = head*group + g;
+        float m = -INFINITY;
+        for (size_t p = first; p < last; ++p) {
+            m = std::fmax(m, kv.part_max[p*group + g]);
+        }
+        float sum = 0;
+        float * out = (float *) dst->data + (size_t) iq*dv;
+        memset(out, 0, sizeof(float)*dv);
+        for (size_t p = first; p < last; ++p) {
+            const float w = expf(kv.part_max[p*group + g] - m);
+            const float * part = &kv.part_out[(p*group + g)*dv];
+            sum += w*kv.part_sum[p*group + g];
+            for (int i = 0; i < dv; ++i) {
+                out[i] += w*part[i];
+            }
+        }
+        for (int i = 0; i < dv; ++i) {
+            out[i] /= sum;
+        }
+        kv.lse[(size_t) layer.id*info.max_taps*info.n_head + iq] = m + logf(sum);
+
+        float * per_head = kv.trace_scores.empty() ? nullptr :
+            &kv.trace_scores[((size_t) layer.id*info.max_taps*info.n_head + iq)*info.n_blocks];
+        for (size_t p = first; p < last; ++p) {
+            const auto & part = layer.parts[p];
+            const float w = expf(kv.part_max[p*group + g] - m)/sum;
+            const int size = part.end - part.begin;
+            const float * s = &kv.part_block_sum[((size_t) head*info.n_blocks + part.begin)*group + (size_t) g*size];
+            for (int i = 0; i < size; ++i) {
+                scores[part.begin + i] += w*s[i]/group;
+                if (per_head) {
+                    per_head[part.begin + i] = w*s[i];
+                }
+            }
+        }
+    }
+}
+
+void op_attend(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
+    auto & layer = *static_cast<kvcast_layer *>(userdata);
+    auto & kv    = *layer.kv;
+    const auto & info = kv.info;
+    const int group = kv.group();
+    const ggml_tensor * q = dst->src[0];
+
+    if (kv.abort) {
+        return; // the step's result is thrown away
+    }
+    while (true) {
+        const int p = layer.next.fetch_add(1, std::memory_order_relaxed);
+        if (p >= (int) layer.parts.size()) {
+            return;
+        }
+        if (p == 0) {
+            layer.begin_us = ggml_time_us();
+        }
+        const auto & part = layer.parts[p];
+        const int size = part.end - part.begin;
+        const size_t n_work = (size_t) group*size*KVCAST_BLOCK + KVCAST_BLOCK*std::max(info.head_dim_k, info.head_dim_v);
+        float * work    = thread_scratch(n_work + group*info.head_dim_k);
+        float * queries = work + n_work;
+        pack_queries(q, part.head, group, 0, 1, layer.scale, queries);
+        int32_t q_pos[64];
+        std::fill_n(q_pos, group, kv.q_pos[0]);
+
+        task t = {};
+        t.k             = head_rows(dst->src[1], part.head);
+        t.v             = head_rows(dst->src[2], part.head);
+        t.blocks        = &kv.blocks[((size_t) layer.id*info.n_head_kv + part.head)*info.n_blocks + part.begin];
+        t.n_blocks      = size;
+        t.cell_pos      = kv.cell_pos.data();
+        t.block_max_pos = kv.block_max_pos.data();
+        t.q             = queries;
+        t.q_pos         = q_pos;
+        t.n_q           = group;
+        t.work          = work;
+        t.max           = &kv.part_max[(size_t) p*group];
+        t.sum           = &kv.part_sum[(size_t) p*group];
+        t.out           = &kv.part_out[(size_t) p*group*info.head_dim_v];
+        t.block_sum     = &kv.part_block_sum[((size_t) part.head*info.n_blocks + part.begin)*group];
+        kv.kernels->attend(t);
+
+        if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
+            merge_head(layer, dst, part.head);
+            complete_head(layer, q, 1);
+        }
+    }
+}
+
+// ---- history
+
+void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
+    auto & layer = *static_cast<kvcast_layer *>(userdata);
+    auto & kv    = *layer.kv;
+    const auto & info = kv.info;
+    const int group = kv.group();
+    const int n     = kv.n_used_blocks;
+    const ggml_tensor * q = dst->src[0];
+
+    if (kv.abort) {
+        return;
+    }
+    while (true) {
+        const int p = layer.next.fetch_add(1, std::memory_order_relaxed);
+        if (p >= (int) layer.parts.size()) {
+            return;
+        }
+        const auto & part = layer.parts[p];
+        const int n_q = (part.end - part.begin)*group;
+        const size_t n_work = (size_t) KVCAST_BLOCK*(info.head_dim_k + n_q);
+        float * work      = thread_scratch(n_work + n_q*((size_t) info.head_dim_k + 2*n));
+        float * queries   = work + n_work;
+        float * block_sum = queries + (size_t) n_q*info.head_dim_k;
+        float * block_max = block_sum + (size_t) n_q*n;
+        pack_queries(q, part.head, group, part.begin, part.end, layer.scale, queries);
+        std::vector<int32_t> q_pos(n_q);
+        for (int i = 0; i < n_q; ++i) {
+            q_pos[i] = kv.q_pos[part.begin + i/group];
+        }
+
+        task t = {};
+        t.k             = head_rows(dst->src[1], part.head);
+        t.blocks        = kv.all_blocks.data();
+        t.n_blocks      = n;
+        t.cell_pos      = kv.cell_pos.data();
+        t.block_max_pos = kv.block_max_pos.data();
+        t.q             = queries;
+        t.q_pos         = q_pos.data();
+        t.n_q           = n_q;
+        t.work          = work;
+        t.block_sum     = block_sum;
+        t.block_max     = block_max;
+        kv.kernels->score(t);
+
+        for (int it = part.begin; it < part.end; ++it) {
+            const size_t tap = (size_t) layer.id*info.max_taps + it;
+            float * scores = &kv.history_scores[(tap*info.n_head_kv + part.head)*info.n_blocks];
+            memset(scores, 0, sizeof(float)*info.n_blocks);
+            for (int g = 0; g < group; ++g) {
+                const size_t row = (size_t) (it - part.begin)*group + g;
+                const float * s = block_sum + row*n;
+                const float * x = block_max + row*n;
+                float m = -INFINITY;
+                for (int b = 0; b < n; ++b) {
+                    m = std::fmax(m, x[b]);
+                }
+                float sum = 0;
+                for (int b = 0; b < n; ++b) {
+                    sum += s[b] > 0.0f ? s[b]*expf(x[b] - m) : 0.0f;
+                }
+                const float lse = m + logf(sum);
+                kv.lse[tap*info.n_head + part.head*group + g] = lse;
+                float * per_head = kv.trace_scores.empty() ? nullptr :
+                    &kv.trace_scores[(tap*info.n_head + part.head*group + g)*info.n_blocks];
+                for (int b = 0; b < n; ++b) {
+                    const float share = s[b] > 0.0f ? s[b]*expf(x[b] - lse) : 0.0f;
+                    scores[b] += share/group;
+                    if (per_head) {
+                        per_head[b] = share;
+                    }
+                }
+            }
+        }
+        if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
+            complete_head(layer, q, (int) q->ne[2]);
+        }
+    }
+}
+
+// ---- the input of such a graph
+
+class attn_input : public llm_graph_input_attn_kv {
+public:
+    explicit attn_input(const llm_graph_input_attn_kv & base) : llm_graph_input_attn_kv(base) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        llm_graph_input_attn_kv::set_input(ubatch);
+        GGML_ASSERT(ggml_backend_buffer_is_host(self_k_idxs->buffer));
+        cparams.kvcast->begin_step(*ubatch, (const int64_t *) self_k_idxs->data);
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        if (params.cparams.kvcast_mode != KVCAST_SPARSE || params.ubatch.n_tokens > 1) {
+            return llm_graph_input_attn_kv::can_reuse(params);
+        }
+        // the node reads the cells it is told to: the padded number of cells, and the mask, play no part
+        mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
+        return self_k_idxs->ne[0] == params.ubatch.n_tokens;
+    }
+};
+
+} // namespace
+
+std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp) {
+    return std::make_unique<attn_input>(*inp);
+}
+
+ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il) {
+    const int64_t n_tokens = q->ne[2];
+    GGML_ASSERT(kv->group() <= 64);
+    if (n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
+        return nullptr;
+    }
+    auto * layer = kv->layers[il].get();
+    layer->scale = kq_scale;
+    ggml_tensor * args[] = {q, k, v};
+    if (mode == KVCAST_SPARSE) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);
+    }
+    ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_score, GGML_N_TASKS_MAX, layer));
+    return nullptr;
+}

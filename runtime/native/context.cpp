@@ -1,0 +1,324 @@
+#include "context.h"
+#include "kvcast-graph.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <set>
+
+static constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
+
+// Families whose graphs go through the hooked builder with nothing added to the logits, and that the tests run.
+static const std::set<llm_arch> families = { LLM_ARCH_LLAMA, LLM_ARCH_QWEN2 };
+
+const char * kvcast_version(void) {
+    return "0.1.0";
+}
+
+// ---- refusal
+
+static std::string why_not(llama_context & ctx) {
+    const auto & model   = ctx.get_model();
+    const auto & hparams = model.hparams;
+    const auto & cparams = ctx.get_cparams();
+
+    if (llama_model_is_recurrent(&model) || llama_model_is_hybrid(&model)) {
+        return "the model has recurrent layers, which keep no KV cache";
+    }
+    if (hparams.is_mla()) {
+        return "the model uses multi-head latent attention";
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "the model has sliding-window layers";
+    }
+    if (families.count(model.arch) == 0) {
+        return "the model family '" + std::string(llm_arch_name(model.arch)) + "' has not been tested with sparse attention";
+    }
+    if (cparams.n_seq_max > 1) {
+        return "the context holds several sequences (n_seq_max > 1)";
+    }
+    if (!cparams.flash_attn) {
+        return "flash attention is off, so V is stored transposed";
+    }
+    if (!cparams.causal_attn) {
+        return "attention is not causal";
+    }
+    if (hparams.f_max_alibi_bias > 0.0f || hparams.attn_soft_cap) {
+        return "the model adds a bias or a soft cap to the attention logits";
+    }
+    const auto * cache = dynamic_cast<const llama_kv_cache *>(ctx.get_memory());
+    if (!cache) {
+        return "the context has no plain KV cache";
+    }
+    const auto ids = cache->get_layer_ids();
+    for (const auto il : ids) {
+        if (hparams.n_head(il) != hparams.n_head(ids[0]) || hparams.n_head_kv(il) != hparams.n_head_kv(ids[0]) ||
+                hparams.n_embd_head_k(il) != hparams.n_embd_head_k(ids[0]) || hparams.n_embd_head_v(il) != hparams.n_embd_head_v(ids[0])) {
+            return "the layers differ in their number or size of heads";
+        }
+        if (!ggml_backend_buffer_is_host(cache->get_k_storage(il)->buffer)) {
+            return "the KV cache is not in host memory (offload_kqv must be off)";
+        }
+    }
+    if (ids.size() != hparams.n_layer()) {
+        return "some layers keep no KV cache of their own";
+    }
+    if (cache->get_size() % KVCAST_BLOCK != 0) {
+        return "the number of cells is not a multiple of " + std::to_string(KVCAST_BLOCK);
+    }
+    return "";
+}
+
+// ---- life cycle
+
+kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char * error, int32_t n_error) {
+    const std::string why = why_not(*ctx);
+    if (!why.empty() || params.max_taps < 1) {
+        snprintf(error, n_error, "%s", why.empty() ? "max_taps must be at least 1" : why.c_str());
+        return nullptr;
+    }
+    const auto & hparams = ctx->get_model().hparams;
+    const auto * cache   = static_cast<const llama_kv_cache *>(ctx->get_memory());
+    const auto   ids     = cache->get_layer_ids();
+    const auto * k       = cache->get_k_storage(ids[0]);
+
+    auto kv = std::make_unique<kvcast_context>();
+    kv->ctx     = ctx;
+    kv->cache   = cache;
+    kv->kernels = &kvcast::best_kernels();
+
+    auto & info = kv->info;
+    info.n_layer     = (int32_t) ids.size();
+    info.n_head      = hparams.n_head(ids[0]);
+    info.n_head_kv   = hparams.n_head_kv(ids[0]);
+    info.head_dim_k  = hparams.n_embd_head_k(ids[0]);
+    info.head_dim_v  = hparams.n_embd_head_v(ids[0]);
+    info.n_cells     = cache->get_size();
+    info.n_blocks    = info.n_cells/KVCAST_BLOCK;
+    info.max_taps    = params.max_taps;
+    info.type_k      = cache->type_k();
+    info.type_v      = cache->type_v();
+    info.k_row_bytes = (int64_t) k->nb[1];
+    info.v_row_bytes = (int64_t) ggml_row_size(cache->type_v(), hparams.n_embd_v_gqa(ids[0]));
+
+    const size_t rows  = (size_t) info.n_layer*info.n_head_kv;
+    const size_t taps  = (size_t) info.n_layer*info.max_taps;
+    const size_t group = info.n_head/info.n_head_kv;
+
+    kv->blocks        .resize(rows*info.n_blocks);
+    kv->n_listed      .resize(rows);
+    kv->scores        .resize(rows*info.n_blocks);
+    kv->history_scores.resize(taps*info.n_head_kv*info.n_blocks);
+    kv->lse           .resize(taps*info.n_head);
+    if (params.trace & KVCAST_TRACE_HEAD) {
+        kv->trace_q     .resize(taps*info.n_head*info.head_dim_k);
+        kv->trace_scores.resize(taps*info.n_head*info.n_blocks);
+    }
+    kv->cell_pos     .resize(info.n_cells,  NEVER);
+    kv->block_max_pos.resize(info.n_blocks, NEVER);
+    kv->all_blocks   .resize(info.n_blocks);
+    for (int b = 0; b < info.n_blocks; ++b) {
+        kv->all_blocks[b] = b;
+    }
+    for (int il = 0; il < info.n_layer; ++il) {
+        auto layer = std::make_unique<kvcast_layer>();
+        layer->kv = kv.get();
+        layer->id = il;
+        layer->n_parts.resize(info.n_head_kv);
+        layer->parts_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
+        kv->layers.push_back(std::move(layer));
+    }
+    kv->part_block_sum.resize((size_t) info.n_head_kv*group*info.n_blocks);
+
+    const auto bytes = [](const auto & v) { return (int64_t) (v.size()*sizeof(v[0])); };
+    info.scratch_bytes = bytes(kv->blocks) + bytes(kv->n_listed) + bytes(kv->scores) + bytes(kv->history_scores) + bytes(kv->lse) +
+        bytes(kv->trace_q) + bytes(kv->trace_scores) + bytes(kv->cell_pos) + bytes(kv->block_max_pos) + bytes(kv->all_blocks) +
+        bytes(kv->part_block_sum);
+
+    ctx->set_abort_callback([](void * user) { return static_cast<kvcast_context *>(user)->abort.load(); }, kv.get());
+    const_cast<llama_cparams &>(ctx->get_cparams()).kvcast = kv.get();
+
+    return kv.release();
+}
+
+void kvcast_detach(kvcast_context * kv) {
+    if (!kv) {
+        return;
+    }
+    kv->ctx->synchronize();
+    kvcast_set_mode(kv, KVCAST_DENSE);
+    const_cast<llama_cparams &>(kv->ctx->get_cparams()).kvcast = nullptr;
+    kv->ctx->set_abort_callback(nullptr, nullptr);
+    delete kv;
+}
+
+void kvcast_set_mode(kvcast_context * kv, int32_t mode) {
+    if (kv->mode == KVCAST_DENSE && mode != KVCAST_DENSE) {
+        kv->known = false; // dense batches do not pass through begin_step
+    }
+    kv->mode = mode;
+    const_cast<llama_cparams &>(kv->ctx->get_cparams()).kvcast_mode = mode;
+}
+
+// ---- the tables of a step
+
+void kvcast_context::fail(const std::string & why) {
+    if (error.empty()) {
+        error = why;
+    }
+    abort = true;
+}
+
+void kvcast_context::update_cells(const llama_ubatch & ubatch, const int64_t * idxs) {
+    const auto & cells = cache->get_cells(0);
+
+    if (known && cells.get_used() == n_known + ubatch.n_tokens) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            cell_pos[idxs[i]] = ubatch.pos[i];
+        }
+    } else {
+        for (int c = 0; c < info.n_cells; ++c) {
+            cell_pos[c] = cells.is_empty(c) ? NEVER : cells.pos_get(c);
+        }
+        for (int b = 0; b < info.n_blocks; ++b) {
+            block_max_pos[b] = *std::max_element(&cell_pos[b*KVCAST_BLOCK], &cell_pos[b*KVCAST_BLOCK] + KVCAST_BLOCK);
+        }
+    }
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const int64_t b = idxs[i]/KVCAST_BLOCK;
+        block_max_pos[b] = *std::max_element(&cell_pos[b*KVCAST_BLOCK], &cell_pos[b*KVCAST_BLOCK] + KVCAST_BLOCK);
+    }
+    n_known = cells.get_used();
+    known   = true;
+    n_used_blocks = (int) (cells.used_max_p1() + KVCAST_BLOCK - 1)/KVCAST_BLOCK;
+}
+
+bool kvcast_context::check_lists(int32_t new_block) {
+    for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
+        const int32_t * list = &blocks[(size_t) row*info.n_blocks];
+        const int n = n_listed[row];
+        bool good = n >= 1 && n <= info.n_blocks;
+        bool has_new = false;
+        for (int i = 0; good && i < n; ++i) {
+            good = list[i] >= 0 && list[i] < n_used_blocks && (i == 0 || list[i] > list[i - 1]);
+            has_new |= list[i] == new_block;
+        }
+        if (!good || !has_new) {
+            fail("the block list of layer " + std::to_string(row/info.n_head_kv) + ", KV head " + std::to_string(row % info.n_head_kv) +
+                (good ? " lacks the block of the new token" : " is empty, not ascending or names a block that holds nothing"));
+            return false;
+        }
+    }
+    return true;
+}
+
+// Cuts the lists into parts of about equal size, several for each thread, so that uneven threads end together.
+void kvcast_context::plan_sparse() {
+    const int n_threads = (int) ctx->n_threads();
+    size_t n_parts_max = 0;
+    for (auto & layer : layers) {
+        const int32_t * n = &n_listed[(size_t) layer->id*info.n_head_kv];
+        int total = 0;
+        for (int h = 0; h < info.n_head_kv; ++h) {
+            total += n[h];
+        }
+        const int size = std::clamp(total/(4*n_threads), 4, 64);
+        layer->parts.clear();
+        for (int h = 0; h < info.n_head_kv; ++h) {
+            const int n_parts = (n[h] + size - 1)/size;
+            for (int i = 0; i < n_parts; ++i) {
+                layer->parts.push_back({h, (int) ((int64_t) n[h]*i/n_parts), (int) ((int64_t) n[h]*(i + 1)/n_parts)});
+            }
+            layer->n_parts[h] = n_parts;
+            stats.blocks_read += n[h];
+        }
+        n_parts_max = std::max(n_parts_max, layer->parts.size());
+    }
+    if (part_max.size() < n_parts_max*group()) {
+        part_max.resize(n_parts_max*group());
+        part_sum.resize(n_parts_max*group());
+        part_out.resize(n_parts_max*group()*info.head_dim_v);
+    }
+    stats.n_steps++;
+}
+
+void kvcast_context::plan_history(int n_taps) {
+    const int size = 8; // queries that share one widening of K
+    for (auto & layer : layers) {
+        layer->parts.clear();
+        for (int h = 0; h < info.n_head_kv; ++h) {
+            for (int i = 0; i < n_taps; i += size) {
+                layer->parts.push_back({h, i, std::min(n_taps, i + size)});
+            }
+            layer->n_parts[h] = (n_taps + size - 1)/size;
+        }
+    }
+}
+
+void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells) {
+    if (ubatch.n_tokens > (mode == KVCAST_SPARSE ? 1u : (uint32_t) info.max_taps)) {
+        if (mode == KVCAST_HISTORY) {
+            fail("a batch in history mode has " + std::to_string(ubatch.n_tokens) + " tokens, more than max_taps");
+        }
+        known = false;
+        return;
+    }
+    update_cells(ubatch, cells);
+    q_pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    if (mode == KVCAST_SPARSE) {
+        if (!check_lists((int32_t) (cells[0]/KVCAST_BLOCK))) {
+            return;
+        }
+        plan_sparse();
+    } else {
+        plan_history((int) ubatch.n_tokens);
+    }
+    for (auto & layer : layers) {
+        layer->next = 0;
+        layer->heads_done = 0;
+        for (int h = 0; h < info.n_head_kv; ++h) {
+            layer->parts_done[h] = 0;
+        }
+    }
+}
+
+// ---- the rest of the API
+
+kvcast_info  kvcast_get_info (const kvcast_context * kv) { return kv->info; }
+kvcast_stats kvcast_get_stats(const kvcast_context * kv) { return kv->stats; }
+void kvcast_reset_stats(kvcast_context * kv) { kv->stats = {}; }
+
+void kvcast_invalidate(kvcast_context * kv) { kv->known = false; }
+void kvcast_abort(kvcast_context * kv) { kv->abort = true; }
+void kvcast_clear_abort(kvcast_context * kv) { kv->abort = false; kv->error.clear(); }
+const char * kvcast_last_error(const kvcast_context * kv) { return kv->error.c_str(); }
+
+void kvcast_set_attention_callback(kvcast_context * kv, kvcast_attention_callback fn, void * user) {
+    kv->callback      = fn;
+    kv->callback_user = user;
+}
+
+int32_t * kvcast_blocks  (kvcast_context * kv) { return kv->blocks.data(); }
+int32_t * kvcast_n_listed(kvcast_context * kv) { return kv->n_listed.data(); }
+
+const float * kvcast_scores        (const kvcast_context * kv) { return kv->scores.data(); }
+const float * kvcast_history_scores(const kvcast_context * kv) { return kv->history_scores.data(); }
+const float * kvcast_lse           (const kvcast_context * kv) { return kv->lse.data(); }
+const float * kvcast_trace_q       (const kvcast_context * kv) { return kv->trace_q.empty() ? nullptr : kv->trace_q.data(); }
+const float * kvcast_trace_scores  (const kvcast_context * kv) { return kv->trace_scores.empty() ? nullptr : kv->trace_scores.data(); }
+
+const void * kvcast_k_data(const kvcast_context * kv, int32_t layer) {
+    return kv->cache->get_k_storage(layer)->data;
+}
+
+const void * kvcast_v_data(const kvcast_context * kv, int32_t layer) {
+    // the cache shows V only as a view made in a graph's context
+    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
+    ggml_context_ptr scratch(ggml_init(params));
+    llama_kv_cache::slot_info whole = {};
+    return kv->cache->get_v(scratch.get(), layer, kv->info.n_cells, whole)->data;
+}

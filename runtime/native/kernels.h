@@ -1,0 +1,52 @@
+// Attention arithmetic over lists of blocks. The same source is compiled once per instruction set (kernels-impl.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvcast {
+
+// K or V of one KV head: row of cell c at data + c*row_bytes, n values wide.
+struct rows {
+    const char * data;
+    size_t       row_bytes;
+    int          n;
+    void      (* to_float)(const void * src, float * dst, int64_t n); // nullptr: f16, by our own vector code
+};
+
+// A run of listed blocks of one KV head, for the queries of its group.
+struct task {
+    rows            k;
+    rows            v;
+    const int32_t * blocks;        // [n_blocks] block ids
+    int             n_blocks;
+    const int32_t * cell_pos;      // [n_cells] position of each cell, INT32_MAX when not attended
+    const int32_t * block_max_pos; // largest of a block's cell_pos
+    const float   * q;             // [n_q][k.n], scaled
+    const int32_t * q_pos;         // [n_q]
+    int             n_q;
+    float         * work;          // attend: [n_q*n_blocks*16 + 16*max(k.n, v.n)]; score: [16*k.n + n_q*16]
+    // out
+    float         * max;           // [n_q] largest logit, -inf when nothing was attended
+    float         * sum;           // [n_q] sum of exp(logit - max)
+    float         * out;           // attend: [n_q][v.n], weighted by exp(logit - max), not normalised
+    float         * block_sum;     // attend: [n_q][n_blocks] of exp(logit - max); score: of exp(logit - block_max)
+    float         * block_max;     // score: [n_q][n_blocks]
+};
+
+struct kernels {
+    const char * name;
+    void (* attend)(const task & t);
+    void (* score) (const task & t); // as attend without V; leaves max and sum alone
+};
+
+// The best for this machine; KVCAST_KERNELS=avx512|avx2|generic forces one (tests).
+const kernels & best_kernels();
+
+extern const kernels kernels_generic;
+#if defined(KVCAST_X86)
+extern const kernels kernels_avx2;
+extern const kernels kernels_avx512;
+#endif
+
+} // namespace kvcast

@@ -1,0 +1,104 @@
+// kvcast: block-sparse attention over llama.cpp's KV cache in host memory. C API, usable from any binding.
+//
+// A kvcast context is attached to a llama_context whose KV cache lies in host memory (offload_kqv = false) and which uses
+// flash attention. The caller owns the loop: choose a mode, write the block lists, call llama_decode(), read the scores.
+// Nothing here is thread safe: all calls, and llama_decode(), come from one thread at a time.
+#pragma once
+
+#include "llama.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVCAST_BLOCK 16 // cells per block
+
+struct kvcast_context;
+
+enum kvcast_mode {
+    KVCAST_DENSE   = 0, // stock llama.cpp
+    KVCAST_HISTORY = 1, // stock attention; beside it the block scores of up to max_taps queries
+    KVCAST_SPARSE  = 2, // batches of one token attend to the listed blocks; larger batches are dense
+};
+
+enum kvcast_trace {
+    KVCAST_TRACE_NONE = 0,
+    KVCAST_TRACE_HEAD = 1, // keep q and the scores of every query head
+};
+
+// Called when a layer's attention of a history or sparse step is complete, from a compute thread.
+// scores: [n_taps][n_head_kv][stride] floats, group means; in a sparse step in the order of the layer's block lists.
+// Anything but 0 aborts the step: llama_decode() returns 2 and the step's tokens leave the cache.
+typedef int (*kvcast_attention_callback)(void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps,
+        int32_t n_head_kv, int32_t stride);
+
+struct kvcast_params {
+    int32_t max_taps;   // largest batch in history mode
+    int32_t trace;      // enum kvcast_trace
+};
+
+struct kvcast_info {
+    int32_t n_layer;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t head_dim_k;
+    int32_t head_dim_v;
+    int32_t n_cells;
+    int32_t n_blocks;      // blocks of the whole cache: the stride of every per-block array
+    int32_t max_taps;
+    int32_t type_k;        // enum ggml_type
+    int32_t type_v;
+    int64_t k_row_bytes;   // bytes of K of one cell of one layer, all heads
+    int64_t v_row_bytes;
+    int64_t scratch_bytes; // host memory held by kvcast itself
+};
+
+struct kvcast_stats {
+    int64_t n_steps;        // sparse steps since the last reset
+    int64_t attention_us;   // time in the attention op of those steps, first thread in to last thread out
+    int64_t blocks_read;    // blocks read by those steps, summed over layers and KV heads
+};
+
+LLAMA_API const char * kvcast_version(void);
+
+// NULL on refusal; then error (a buffer of n_error bytes) holds one sentence that says why.
+LLAMA_API struct kvcast_context * kvcast_attach(struct llama_context * ctx, struct kvcast_params params, char * error, int32_t n_error);
+// Stock behaviour again. Must come before llama_free(). NULL is ignored.
+LLAMA_API void kvcast_detach(struct kvcast_context * kv);
+
+LLAMA_API struct kvcast_info kvcast_get_info(const struct kvcast_context * kv);
+
+LLAMA_API void kvcast_set_mode(struct kvcast_context * kv, int32_t mode);
+// Tells that cells were edited other than by llama_decode() appending to them.
+LLAMA_API void kvcast_invalidate(struct kvcast_context * kv);
+// Makes the running or the next llama_decode() stop between two nodes and return 2. Safe from any thread.
+LLAMA_API void kvcast_abort(struct kvcast_context * kv);
+LLAMA_API void kvcast_clear_abort(struct kvcast_context * kv);
+// The reason of the last llama_decode() that returned 2 on our account, "" otherwise.
+LLAMA_API const char * kvcast_last_error(const struct kvcast_context * kv);
+
+LLAMA_API void kvcast_set_attention_callback(struct kvcast_context * kv, kvcast_attention_callback fn, void * user);
+
+// Block lists of the next sparse steps, written by the caller: ids ascending, the block of the new token included.
+LLAMA_API int32_t * kvcast_blocks  (struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
+LLAMA_API int32_t * kvcast_n_listed(struct kvcast_context * kv); // [n_layer][n_head_kv]
+
+// Results of the last step.
+LLAMA_API const float * kvcast_scores        (const struct kvcast_context * kv); // sparse: [n_layer][n_head_kv][n_blocks], list order
+LLAMA_API const float * kvcast_history_scores(const struct kvcast_context * kv); // history: [n_layer][max_taps][n_head_kv][n_blocks]
+LLAMA_API const float * kvcast_lse           (const struct kvcast_context * kv); // [n_layer][max_taps][n_head], natural log
+LLAMA_API const float * kvcast_trace_q       (const struct kvcast_context * kv); // [n_layer][max_taps][n_head][head_dim_k], or NULL
+LLAMA_API const float * kvcast_trace_scores  (const struct kvcast_context * kv); // [n_layer][max_taps][n_head][n_blocks], or NULL
+
+// The store of one layer: n_cells rows of k_row_bytes (v_row_bytes) each, in the cache's own type.
+LLAMA_API const void * kvcast_k_data(const struct kvcast_context * kv, int32_t layer);
+LLAMA_API const void * kvcast_v_data(const struct kvcast_context * kv, int32_t layer);
+
+LLAMA_API struct kvcast_stats kvcast_get_stats(const struct kvcast_context * kv);
+LLAMA_API void kvcast_reset_stats(struct kvcast_context * kv);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,170 @@
+"""Fetch, check, prune and patch the pinned llama.cpp into vendor/llama.cpp; export edited patches again.
+
+    python scripts/vendor.py            make vendor/llama.cpp unless it is there and current
+    python scripts/vendor.py --export   write patches/*.patch anew from an edited vendor/llama.cpp (make patches)
+    python scripts/vendor.py --pristine DIR   the pruned tree without patches (the reference build of the tests)
+
+The source is the sdist of llama-cpp-python, which carries llama.cpp; pip fetches it, so any index or mirror that pip
+is set up for serves. Standard library only: this runs inside the build, before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from difflib import unified_diff
+from pathlib import Path
+
+SDIST = "llama_cpp_python-0.3.36.tar.gz"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+REQUIREMENT = "llama_cpp_python==0.3.36"
+PREFIX = "llama_cpp_python-0.3.36/vendor/llama.cpp/"
+KEEP = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "ggml", "common", "vendor")
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "vendor" / "llama.cpp"
+ORIGINALS = ROOT / "vendor" / "originals"  # the files that patches touch, as they were
+PATCHES = ROOT / "patches"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcast"
+
+
+class VendorError(Exception):
+    pass
+
+
+def series() -> list[Path]:
+    lines = (PATCHES / "series").read_text().splitlines()
+    return [PATCHES / line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def stamp() -> str:
+    """Identity of what the tree is made from."""
+    digest = hashlib.sha256(SHA256.encode())
+    for patch in series():
+        digest.update(patch.read_bytes())
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch() -> Path:
+    """The sdist in the cache, downloaded with pip when it is not there."""
+    path = CACHE / SDIST
+    if not path.exists() or sha256(path) != SHA256:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+            command += ["--no-binary", ":all:", "--dest", folder, REQUIREMENT]
+            # pip prepares metadata of an sdist, which needs its build backend; fall back to isolation where it is missing
+            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0:
+                command.remove("--no-build-isolation")
+                if subprocess.run(command).returncode != 0:
+                    raise VendorError(f"pip could not download {REQUIREMENT}; check the network or pip's index settings")
+            found = sha256(Path(folder) / SDIST)
+            if found != SHA256:
+                raise VendorError(f"{SDIST} has sha256 {found}, expected {SHA256}; the index serves another file")
+            os.replace(Path(folder) / SDIST, path)
+    return path
+
+
+def extract(target: Path) -> None:
+    """Unpack the parts of llama.cpp that libllama needs."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    with tarfile.open(fetch()) as archive:
+        for member in archive:
+            if not member.isfile() or not member.name.startswith(PREFIX):
+                continue
+            name = member.name[len(PREFIX) :]
+            if name.split("/")[0] not in KEEP or ".." in name:
+                continue
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = archive.extractfile(member)
+            assert source is not None
+            with source, path.open("wb") as out:
+                shutil.copyfileobj(source, out)
+            path.chmod(member.mode & 0o777)
+
+
+def touched(patch: Path) -> list[str]:
+    return [line[6:].split("\t")[0].strip() for line in patch.read_text().splitlines() if line.startswith("+++ b/")]
+
+
+def apply(target: Path) -> None:
+    """Apply patches/series with git; a skipped file, an offset or fuzz is an error."""
+    # inside another checkout git apply skips every file silently unless it is kept from finding that checkout
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent.resolve()), "LC_ALL": "C"}
+    for patch in series():
+        for name in touched(patch):
+            saved = ORIGINALS / name
+            if saved.exists():
+                raise VendorError(f"{patch.name} touches {name}, which an earlier patch touches: merge the two")
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(target / name, saved)
+        done = subprocess.run(
+            ["git", "apply", "--verbose", str(patch)], cwd=target, env=environment, capture_output=True, text=True
+        )
+        log = done.stdout + done.stderr
+        if done.returncode != 0 or "Skipped" in log or "offset" in log:
+            raise VendorError(f"{patch.name} does not apply cleanly to the pinned llama.cpp:\n{log}")
+
+
+def export() -> None:
+    """Rewrite each patch from the edited tree, keeping its header; files no patch names are an error."""
+    for patch in series():
+        header = patch.read_text().split("--- a/")[0]
+        text = header
+        for name in touched(patch):
+            old = (ORIGINALS / name).read_text().splitlines(keepends=True)
+            new = (TREE / name).read_text().splitlines(keepends=True)
+            text += "".join(unified_diff(old, new, f"a/{name}", f"b/{name}", n=3))
+        patch.write_text(text)
+        print(f"{patch.relative_to(ROOT)}: {len(touched(patch))} files")
+    (TREE / ".stamp").write_text(stamp())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--export", action="store_true", help="write patches/*.patch anew from the edited tree")
+    parser.add_argument("--pristine", type=Path, metavar="DIR", help="make the pruned, unpatched tree in DIR")
+    options = parser.parse_args()
+    if options.export:
+        export()
+    elif options.pristine:
+        if not (options.pristine / "CMakeLists.txt").exists():
+            extract(options.pristine)
+    else:
+        mark = TREE / ".stamp"
+        if mark.exists() and mark.read_text() == stamp():
+            return
+        if not (PATCHES / "series").exists() and TREE.exists():
+            return
+        shutil.rmtree(ORIGINALS, ignore_errors=True)
+        extract(TREE)
+        apply(TREE)
+        mark.write_text(stamp())
+        print(f"vendored llama.cpp into {TREE}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except VendorError as error:
+        sys.exit(f"vendor.py: {error}")

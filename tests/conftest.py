@@ -1,0 +1,33 @@
+"""Models and documents for the tests. Models are fetched once into the user's cache."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+import kvcast  # noqa: F401  (before llama_cpp: it says where the libraries are)
+import pytest
+from kvcast import models
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return models.resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Path:
+    return models.resolve("qwen-coder-0.5b")
+
+
+@pytest.fixture(scope="session")
+def code() -> str:
+    return (DATA / "code.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    return (Path(kvcast.__file__).parent / "data" / "prose.txt").read_text()

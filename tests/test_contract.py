@@ -1,0 +1,153 @@
+"""DESIGN.md, section 9, contracts 1 to 3, on SmolLM2 and Qwen 0.5B at 4,096 tokens."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from kvcast import Llama, SparseConfig
+from kvcast.native import Attached
+from lowlevel import Context
+
+N_CONTEXT, N_STEPS = 4096, 12
+REFERENCE = ROOT / "build" / "reference" / "kvcast" / "lib"
+
+# Largest difference of a logit between dense flash attention and our op over all blocks. llama.cpp's CPU flash attention
+# accumulates V in f16 and rounds q to f16; ours is f32 throughout. With flash attention off dense differs from itself
+# by as much (test_dense_differs_from_itself).
+LOGIT_DIFFERENCE = {"smollm2": 1.0, "qwen": 0.6}
+
+STOCK = """
+import os, sys
+import numpy as np
+import llama_cpp
+path, text, out, n_context, n_steps, flash = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "1"
+llm = llama_cpp.Llama(path, n_ctx=n_context + 256, n_threads=2, n_threads_batch=2, flash_attn=flash, verbose=False)
+tokens = llm.tokenize(open(text).read().encode())[: n_context + n_steps]
+llm.eval(tokens[:n_context])
+rows = []
+for t in tokens[n_context:]:
+    llm.eval([t])
+    rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy())
+np.save(out, np.stack(rows))
+with open("/proc/self/maps") as maps:
+    print([line.split()[-1] for line in maps if "libllama" in line][0])
+"""
+
+
+def logits_of(llm) -> np.ndarray:
+    import llama_cpp
+
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
+
+
+def forced(llm, tokens, n_context=N_CONTEXT):
+    llm.eval(tokens[:n_context])
+    rows = []
+    for token in tokens[n_context:]:
+        llm.eval([token])
+        rows.append(logits_of(llm))
+    return np.stack(rows)
+
+
+@pytest.fixture(scope="module", params=["smollm2", "qwen"])
+def model(request):
+    return request.param, request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def dense(model, code):
+    """Dense logits with flash attention on, the tokens, and the loaded model at their end."""
+    llm = Llama(model[1], n_ctx=N_CONTEXT + 256, flash_attn=True, offload_kqv=False, n_threads=2, n_threads_batch=2, verbose=False)
+    tokens = llm.tokenize(code.encode())[: N_CONTEXT + N_STEPS]
+    yield forced(llm, tokens), tokens, llm
+    llm.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_contract_1_sparse_none_equals_an_unpatched_build(model, dense, tmp_path):
+    assert REFERENCE.is_dir(), "build the reference first: make reference"
+    script, out = tmp_path / "stock.py", tmp_path / "logits.npy"
+    script.write_text(STOCK)
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(REFERENCE)}
+    arguments = [str(model[1]), str(ROOT / "tests/data/code.txt"), str(out), str(N_CONTEXT), str(N_STEPS), "1"]
+    done = subprocess.run([sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(REFERENCE / "libllama.so")
+    np.testing.assert_array_equal(np.load(out), dense[0])
+
+
+def test_contract_2_budget_over_context(model, dense):
+    expected, tokens, _ = dense
+    with_all = Llama(model[1], n_ctx=N_CONTEXT + 256, sparse=SparseConfig(budget=2 * N_CONTEXT), n_threads=2, n_threads_batch=2, verbose=False)
+    got = forced(with_all, tokens)
+    with_all.close()
+    difference = np.abs(got - expected)
+    print(f"\n{model[0]}: logits differ by {difference.max():.3f} at most, {difference.mean():.4f} in the mean")
+    assert difference.max() <= LOGIT_DIFFERENCE[model[0]]
+    second, first = np.sort(expected, 1)[:, -2:].T
+    clear = first - second > 2 * LOGIT_DIFFERENCE[model[0]]
+    assert clear.sum() >= N_STEPS // 4
+    np.testing.assert_array_equal(got.argmax(1)[clear], expected.argmax(1)[clear])
+
+
+def test_dense_differs_from_itself(model, dense):
+    """Flash attention off against on: the size of difference that llama.cpp itself has."""
+    expected, tokens, _ = dense
+    plain = Llama(model[1], n_ctx=N_CONTEXT + 256, flash_attn=False, offload_kqv=False, n_threads=2, n_threads_batch=2, verbose=False)
+    difference = np.abs(forced(plain, tokens) - expected)
+    plain.close()
+    print(f"\n{model[0]}: flash attention on and off differ by {difference.max():.3f} at most, {difference.mean():.4f} in the mean")
+    assert difference.max() <= LOGIT_DIFFERENCE[model[0]]
+
+
+def test_contract_3_rows_of_the_store(model, dense, code):
+    _, tokens, _ = dense
+    n_prompt = 1024
+    stock = Llama(model[1], n_ctx=2048, flash_attn=True, offload_kqv=False, n_threads=2, n_threads_batch=2, verbose=False)
+    for batch in (tokens[:512], tokens[512 : n_prompt - 64], tokens[n_prompt - 64 : n_prompt]):
+        stock.eval(batch)
+    for token in tokens[n_prompt : n_prompt + 40]:
+        stock.eval([token])
+    sparse = Llama(model[1], n_ctx=2048, sparse=SparseConfig(budget=256), n_threads=2, n_threads_batch=2, verbose=False)
+    sparse.eval(tokens[:n_prompt])
+    for token in tokens[n_prompt : n_prompt + 40]:
+        sparse.eval([token])
+    assert sparse.session.times.blocks_read < 0.6 * sparse.session.times.blocks_dense
+    look = Attached(stock.ctx, 1)
+    for layer in range(look.info.n_layer):
+        for ours, theirs in zip(sparse.session.attached.rows(layer), look.rows(layer)):
+            np.testing.assert_array_equal(ours[:n_prompt], theirs[:n_prompt], err_msg=f"prompt rows, layer {layer}")
+            if layer == 0:
+                np.testing.assert_array_equal(ours[: n_prompt + 40], theirs[: n_prompt + 40])
+    look.close()
+    stock.close()
+    sparse.close()
+
+
+def test_contract_3_every_row_is_what_the_graph_computed(model, code):
+    from kvcast import native
+
+    seen = {}
+    context = Context(model[1], 1024, flash_attn=True, names=("Kcur-", "Vcur-"), watch=lambda name, x: seen.__setitem__(name, x))
+    llm = Llama(model[1], n_ctx=512, vocab_only=False, verbose=False)
+    tokens = llm.tokenize(code.encode())[:600]
+    llm.close()
+    attached = Attached(context.ctx, 64)
+    info = attached.info
+    context.decode(tokens[:512])
+    attached.set_mode(native.SPARSE)
+    for position, token in enumerate(tokens[512:530], 512):
+        listed = np.array([0, 1, 5, 9, *range(position // 16 - 3, position // 16 + 1)])
+        attached.blocks[..., : len(listed)] = listed
+        attached.n_listed[:] = len(listed)
+        context.decode([token])
+        for layer in range(info.n_layer):
+            k, v = attached.rows(layer)
+            for name, rows in (("Kcur", k), ("Vcur", v)):
+                computed = seen[f"{name}-{layer}"].astype(np.float16).view(np.uint8)
+                np.testing.assert_array_equal(rows[position], computed, err_msg=f"{name}, layer {layer}, position {position}")
+    attached.close()
+    context.close()

@@ -1,0 +1,167 @@
+"""Edits of a session: truncate, regenerate, prefix reuse, load_state. Sparse over all blocks must still equal dense."""
+
+import numpy as np
+import pytest
+from kvcast import GenerationError, Llama, SparseConfig, native
+from test_contract import LOGIT_DIFFERENCE, logits_of
+
+N_EDITS = 50
+
+
+def agree(sparse, dense, bound):
+    a, b = logits_of(sparse), logits_of(dense)
+    assert sparse.n_tokens == dense.n_tokens
+    assert np.abs(a - b).max() <= bound
+    second, first = np.sort(b)[-2:]
+    if first - second > 2 * bound:
+        assert a.argmax() == b.argmax()
+
+
+def test_50_random_edits(smollm2, code):
+    rng = np.random.default_rng(7)
+    make = {"n_ctx": 1536, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
+    sparse = Llama(smollm2, sparse=SparseConfig(budget=1536), **make)
+    dense = Llama(smollm2, flash_attn=True, offload_kqv=False, **make)
+    text = sparse.tokenize(code.encode())
+    both = (sparse, dense)
+
+    def run(tokens):
+        for llm in both:
+            for i in range(0, len(tokens)):
+                llm.eval([tokens[i]]) if len(tokens) < 8 else None
+            if len(tokens) >= 8:
+                llm.eval(tokens)
+
+    run(text[:600])
+    saved = [llm.save_state() for llm in both]
+    kinds = []
+    for i in range(N_EDITS):
+        kind = ("truncate", "regenerate", "prefix", "load")[rng.integers(4)] if i >= 4 else ("truncate", "regenerate", "prefix", "load")[i]
+        kinds.append(kind)
+        start = int(rng.integers(len(text) - 400))
+        if kind == "truncate":
+            n = int(rng.integers(20, sparse.n_tokens))
+            for llm in both:
+                llm.n_tokens = n
+            run(text[start : start + int(rng.integers(1, 6))])
+        elif kind == "regenerate":
+            n_answer = int(rng.integers(1, min(30, sparse.n_tokens - 10)))
+            for llm in both:
+                llm.n_tokens -= n_answer
+            run(text[start : start + int(rng.integers(1, 200))])
+        elif kind == "prefix":
+            n = int(rng.integers(1, sparse.n_tokens))
+            prompt = sparse.input_ids[:n].tolist() + text[start : start + int(rng.integers(1, 120))]
+            for llm in both:
+                first = next(llm.generate(prompt, temp=0.0))
+                llm.eval([prompt[-1] if first is None else text[start]])
+        else:
+            for llm, state in zip(both, saved):
+                llm.load_state(state)
+            run(text[start : start + 3])
+        agree(sparse, dense, LOGIT_DIFFERENCE["smollm2"])
+        if sparse.n_tokens > 1200:
+            for llm in both:
+                llm.n_tokens = 500
+            run(text[:20])
+    assert set(kinds) == {"truncate", "regenerate", "prefix", "load"}
+    for llm in both:
+        llm.close()
+
+
+def test_edits_drop_what_is_known_past_the_cut(smollm2, code):
+    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
+    tokens = llm.tokenize(code.encode())
+    llm.eval(tokens[:800])
+    for token in tokens[800:820]:
+        llm.eval([token])
+    history, epoch = llm.session.history, llm.session.history.epoch
+    assert history.averages[:, 3, :51].sum() > 0
+    llm.n_tokens = 400
+    llm.eval([tokens[400]])
+    assert history.epoch > epoch
+    assert not history.averages[:, :, 26:].any()
+    assert history.averages[:, 3, 1:25].any()
+    assert llm.session.blocks.max(initial=0, where=np.arange(llm.session.blocks.shape[1]) < llm.session.n_listed[:, None]) <= 25
+    llm.close()
+
+
+def test_history_is_made_again_after_a_load(smollm2, code):
+    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
+    tokens = llm.tokenize(code.encode())
+    llm.eval(tokens[:700])
+    state = llm.save_state()
+    before = llm.session.history.averages.copy()
+    llm.reset()
+    llm.eval(tokens[1000:1200])
+    llm.load_state(state)
+    assert not llm.session.history.primed
+    llm.eval([tokens[700]])
+    assert llm.session.history.primed and llm.n_tokens == 701
+    again = llm.session.history.averages
+    # the same 64 queries and one more
+    assert np.abs(again - before)[:, 4].max() < 0.1 and again[:, 4].any()
+    llm.close()
+
+
+def test_context_full_is_an_error_and_keeps_the_session(smollm2, code):
+    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+    tokens = llm.tokenize(code.encode())
+    llm.eval(tokens[: llm.n_ctx()])
+    with pytest.raises(GenerationError, match="context is full"):
+        llm.eval([tokens[256]])
+    assert llm.n_tokens == llm.n_ctx()
+    llm.n_tokens -= 20
+    llm.eval([tokens[0]])
+    llm.close()
+
+
+def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
+    llm = Llama(smollm2, n_ctx=512, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+    tokens = llm.tokenize(code.encode())
+    llm.eval(tokens[:300])
+    llm.eval([tokens[300]])
+    session = llm.session
+    n = llm.n_tokens
+
+    def spoil(_position):
+        session.attached.blocks[3, 1, 0] = 31
+
+    session.on_selected = spoil
+    with pytest.raises(GenerationError, match="layer 3, KV head 1"):
+        llm.eval([tokens[301]])
+    session.on_selected = None
+    assert llm.n_tokens == n
+    llm.eval([tokens[301]])
+    assert llm.n_tokens == n + 1
+    llm.close()
+
+
+def test_interrupt_keeps_the_session(smollm2, code):
+    """An abort between two nodes, at every kind of step, then on as if nothing had been."""
+    make = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
+    llm, other = (Llama(smollm2, sparse=SparseConfig(budget=2048), **make) for _ in range(2))
+    tokens = llm.tokenize(code.encode())
+    for x in (llm, other):
+        x.eval(tokens[:600])
+
+    def stop(*_):
+        llm.interrupt()
+        return 0
+
+    for i, token in enumerate(tokens[600:620]):
+        if i % 4 == 0:
+            llm.session.attached.set_attention_callback(stop)
+            with pytest.raises(GenerationError):
+                llm.eval([token])
+            llm.session.attached.set_attention_callback(None)
+        llm.eval([token])
+        other.eval([token])
+    assert llm.n_tokens == other.n_tokens == 620
+    np.testing.assert_allclose(logits_of(llm), logits_of(other), atol=LOGIT_DIFFERENCE["smollm2"])
+    llm.close()
+    other.close()
+
+
+def test_native_constants_match():
+    assert native.kvcast_version() == b"0.1.0"

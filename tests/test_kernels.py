@@ -1,0 +1,84 @@
+"""Numba kernels against their naive twins: compiled, interpreted, and (in a subprocess) with bounds checked."""
+
+import os
+import subprocess
+import sys
+
+import naive
+import numpy as np
+import pytest
+from kvcast import history, selection
+
+SHAPES = [(1, 9), (3, 10), (6, 40), (90, 123)]
+
+
+@pytest.fixture(params=["compiled", "interpreted"])
+def how(request, monkeypatch):
+    if request.param == "interpreted":
+        for module, name in ((selection, "_select"), (selection, "count_changes"), (history, "_observe_listed"), (history, "_observe_all")):
+            monkeypatch.setattr(module, name, getattr(module, name).py_func)
+    return request.param
+
+
+def lists(blocks, n_listed):
+    return [row[:n].tolist() for row, n in zip(blocks, n_listed)]
+
+
+@pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
+@pytest.mark.parametrize("n_budget", [9, 12, 30, 200])
+def test_select(n_rows, n_used, n_budget, how):
+    rng = np.random.default_rng(n_rows * 1000 + n_used)
+    for scores in (
+        rng.random((n_rows, n_used + 7)).astype(np.float32),
+        np.zeros((n_rows, n_used), np.float32),
+        rng.integers(0, 3, (n_rows, n_used)).astype(np.float32),
+        np.full((n_rows, n_used), -1, np.float32),
+    ):
+        blocks, n_listed, shares = np.zeros((n_rows, n_used + 9), np.int32), np.zeros(n_rows, np.int32), np.zeros(n_rows, np.float32)
+        selection.select(scores, n_used, n_budget, 4, 4, blocks, n_listed, shares)
+        expected = naive.select(scores, n_used, n_budget, 4, 4)
+        assert lists(blocks, n_listed) == expected
+        if n_budget < n_used and scores.min() >= 0 and scores[:, :n_used].any():
+            held = np.array([scores[r, e].sum() / scores[r, :n_used].sum() for r, e in enumerate(expected)])
+            np.testing.assert_allclose(shares, held, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
+def test_count_changes(n_rows, n_used, how):
+    rng = np.random.default_rng(5)
+    mask, before = np.zeros((n_rows, n_used), np.bool_), [set() for _ in range(n_rows)]
+    for _ in range(3):
+        rows = [np.sort(rng.choice(n_used, rng.integers(1, n_used + 1), replace=False)) for _ in range(n_rows)]
+        blocks, n_listed = np.zeros((n_rows, n_used), np.int32), np.array([len(r) for r in rows], np.int32)
+        for row, ids in zip(blocks, rows):
+            row[: len(ids)] = ids
+        assert selection.count_changes(blocks, n_listed, mask) == sum(len(set(r.tolist()) - b) for r, b in zip(rows, before))
+        before = [set(r.tolist()) for r in rows]
+
+
+@pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
+def test_observe(n_rows, n_used, how):
+    rng = np.random.default_rng(2)
+    decays = np.array(history.DECAYS, np.float32)
+    ours = rng.random((n_rows, len(decays), n_used + 3)).astype(np.float32)
+    theirs = ours.astype(np.float64)
+    blocks = np.tile(np.arange(n_used, dtype=np.int32), (n_rows, 1))
+    n_listed = rng.integers(0, n_used + 1, n_rows).astype(np.int32)
+    scores, shares = rng.random((n_rows, n_used)).astype(np.float32), rng.random(n_rows).astype(np.float32)
+    history._observe_listed(ours, decays, blocks, n_listed, scores, shares)
+    naive.observe_listed(theirs, decays, blocks, n_listed, scores, shares)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+    taps = rng.random((n_rows, 5, 1, n_used + 3)).astype(np.float32)
+    history._observe_all(ours, decays, taps, 4, n_used)
+    naive.observe_all(theirs, decays, taps, 4, n_used)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.skipif("NUMBA_BOUNDSCHECK" in os.environ, reason="this is the run with bounds checked")
+def test_with_bounds_checked(tmp_path):
+    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "compiled", __file__], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,120 @@
+"""Block scores and log-sum-exp against NumPy, from the traced q and the K of the store; and against llama.cpp's softmax."""
+
+import naive
+import numpy as np
+import pytest
+from kvcast import Llama, native
+from kvcast.native import Attached
+from lowlevel import Context
+
+F16, Q8_0, Q4_0, BF16 = 1, 8, 2, 30
+
+
+def rows_as_float(rows, kind, n_head_kv):
+    """(n_cells, row_bytes) uint8 to (n_cells, n_head_kv, d) float32."""
+    if kind == F16:
+        x = rows.view(np.float16).astype(np.float32)
+    elif kind == BF16:
+        x = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        import gguf
+
+        x = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind))
+    return x.reshape(len(rows), n_head_kv, -1)
+
+
+def compare(attached, tap, n_used, lists, position):
+    info = attached.info
+    scale = info.head_dim_k**-0.5
+    for layer in range(info.n_layer):
+        k = rows_as_float(attached.rows(layer)[0], info.type_k, info.n_head_kv)
+        sums, lse = naive.block_scores(attached.trace_q[layer, tap], k, info.n_head_kv, lists(layer), position + 1, scale)
+        np.testing.assert_allclose(attached.lse[layer, tap], lse, atol=2e-3, err_msg=f"log-sum-exp, layer {layer}")
+        for head, expected in enumerate(sums):
+            got = attached.trace_scores[layer, tap, head, : len(expected)]
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-7, err_msg=f"layer {layer}, head {head}")
+            np.testing.assert_allclose(got.sum(), 1, rtol=1e-4)
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def kernels(request, monkeypatch):
+    monkeypatch.setenv("KVCAST_KERNELS", request.param)
+
+
+@pytest.mark.parametrize("kind", [F16, BF16, Q8_0, Q4_0], ids=["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen"])
+def test_scores_against_numpy(name, kind, request, code, kernels):
+    llm = Llama(request.getfixturevalue(name), n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2, type_k=kind, type_v=kind)
+    tokens = llm.tokenize(code.encode())[:900]
+    attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
+    info = attached.info
+    llm.eval(tokens[:740])
+    attached.set_mode(native.HISTORY)
+    llm.eval(tokens[740:790])
+    all_blocks = [np.arange(50)] * info.n_head_kv
+    for tap in (0, 7, 49):
+        position = 740 + tap
+        n_used = position // 16 + 1
+        compare(attached, tap, n_used, lambda _, n=n_used: [b[:n] for b in all_blocks], position)
+    group_mean = attached.trace_scores.reshape(info.n_layer, 64, info.n_head_kv, -1, info.n_blocks).mean(3)
+    np.testing.assert_allclose(attached.history_scores[:, :50], group_mean[:, :50], rtol=1e-4, atol=1e-7)
+
+    rng = np.random.default_rng(1)
+    attached.set_mode(native.SPARSE)
+    for position in (790, 791):
+        n_used = position // 16 + 1
+        chosen = {}
+        for layer in range(info.n_layer):
+            for head in range(info.n_head_kv):  # lists of any length, 1 to all
+                n = rng.integers(1, n_used + 1)
+                ids = np.union1d(rng.choice(n_used, n, replace=False), [n_used - 1])
+                chosen[layer, head] = ids
+                attached.blocks[layer, head, : len(ids)] = ids
+                attached.n_listed[layer, head] = len(ids)
+        llm.eval([tokens[position]])
+        compare(attached, 0, n_used, lambda layer, c=chosen: [c[layer, h] for h in range(info.n_head_kv)], position)
+    attached.close()
+    llm.close()
+
+
+def test_layer_0_against_llama_cpp_softmax(smollm2, code):
+    """Flash attention off, llama.cpp's own softmax of layer 0, pooled by block."""
+    llm = Llama(smollm2, n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2)
+    tokens = llm.tokenize(code.encode())[:700]
+    attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
+    info = attached.info
+    llm.eval(tokens[:650])
+    attached.set_mode(native.HISTORY)
+    llm.eval(tokens[650:651])
+    ours = attached.trace_scores[0, 0].copy()
+
+    seen = {}
+    context = Context(smollm2, 1024, flash_attn=False, names=("kq_soft_max-0",), watch=lambda name, x: seen.__setitem__(name, x))
+    for i in range(0, 650, 512):
+        context.decode(tokens[i : min(i + 512, 650)])
+    context.decode(tokens[650:651])
+    softmax = seen["kq_soft_max-0"].reshape(info.n_head, -1)  # (n_head, n_kv), n_kv padded
+    theirs = softmax[:, : softmax.shape[1] // 16 * 16].reshape(info.n_head, -1, 16).sum(2)
+    np.testing.assert_allclose(ours[:, :41], theirs[:, :41], rtol=2e-3, atol=1e-5)
+    context.close()
+    attached.close()
+    llm.close()
+
+
+def test_threads_give_the_same_attention(smollm2, code):
+    """Any number of threads: the same up to the order of additions."""
+    found = []
+    for n_threads in (1, 2, 3, 7):
+        llm = Llama(smollm2, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)
+        tokens = llm.tokenize(code.encode())[:400]
+        attached = Attached(llm.ctx, 64)
+        llm.eval(tokens[:399])
+        attached.set_mode(native.SPARSE)
+        attached.blocks[..., :25] = np.arange(25)
+        attached.n_listed[:] = 25
+        llm.eval([tokens[399]])
+        found.append(attached.scores[..., :25].copy())
+        attached.close()
+        llm.close()
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=5e-3, atol=1e-6)
