@@ -118,9 +118,7 @@ def apply(target: Path) -> None:
                 raise VendorError(f"{patch.name} touches {name}, which an earlier patch touches: merge the two")
             saved.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(target / name, saved)
-        done = subprocess.run(
-            ["git", "apply", "--verbose", str(patch)], cwd=target, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(["git", "apply", "--verbose", str(patch)], cwd=target, env=environment, capture_output=True, text=True)
         log = done.stdout + done.stderr
         if done.returncode != 0 or "Skipped" in log or "offset" in log:
             raise VendorError(f"{patch.name} does not apply cleanly to the pinned llama.cpp:\n{log}")

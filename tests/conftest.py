@@ -5,8 +5,9 @@ from pathlib import Path
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
-import kvcast  # noqa: F401  (before llama_cpp: it says where the libraries are)
 import pytest
+
+import kvcast
 from kvcast import models
 
 ROOT = Path(__file__).resolve().parent.parent

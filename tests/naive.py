@@ -38,14 +38,27 @@ def observe_all(averages, decays, scores, n_taps, n_blocks):
             averages[:, d, :n_blocks] = decay * averages[:, d, :n_blocks] + (1 - decay) * now
 
 
-def select(scores, n_used, n_budget, n_sink, n_window):
+def spread(scores, begin, end, total, floor, cap):
+    """How many blocks each row keeps: its best `floor`, then the best of all rows' next ones up to `cap` each."""
+    keep = [floor] * len(scores)
+    rest = sorted((-s, row) for row, r in enumerate(scores) for s in sorted(r[begin:end], reverse=True)[floor:cap])
+    for _, row in rest[: max(0, total - floor * len(scores))]:
+        keep[row] += 1
+    return keep
+
+
+def select(scores, n_used, n_budget, n_sink, n_window, budgets="uniform"):
     """A list of ascending ids per row."""
     if n_budget >= n_used:
         return [list(range(n_used)) for _ in scores]
     sink, window = list(range(n_sink)), list(range(max(n_sink, n_used - n_window), n_used))
+    n_critical = min(n_budget - n_sink - n_window, window[0] - n_sink)
+    keep = [n_critical] * len(scores)
+    if budgets == "spread":
+        keep = spread(scores, n_sink, window[0], n_critical * len(scores), n_critical // 4, min(window[0] - n_sink, 8 * n_critical))
     lists = []
-    for row in scores:
+    for row, n in zip(scores, keep):
         middle = [b for b in range(n_sink, window[0]) if row[b] >= 0]
-        best = sorted(middle, key=lambda b: (-row[b], b))[: n_budget - n_sink - n_window]
+        best = sorted(middle, key=lambda b: (-row[b], b))[:n]
         lists.append(sink + sorted(best) + window)
     return lists

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from kvcast import GenerationError, Llama, SparseConfig, native
 from test_contract import LOGIT_DIFFERENCE, logits_of
 

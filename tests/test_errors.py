@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import DATA
 from kvcast import CallbackError, Llama, ModelError, SparseConfig, SparseUnsupported
 
@@ -132,9 +133,13 @@ def test_a_failing_callback_stops_generation_and_keeps_the_session(smollm2):
 
 def test_what_cannot_be_sparse_says_why_and_runs_dense(smollm2):
     import llama_cpp
+
     from kvcast.native import Attached
 
-    for options, reason in (({"flash_attn": False}, "flash attention is off"), ({"embedding": True, "flash_attn": True}, "several sequences")):
+    for options, reason in (
+        ({"flash_attn": False}, "flash attention is off"),
+        ({"embedding": True, "flash_attn": True}, "several sequences"),
+    ):
         llm = llama_cpp.Llama(str(smollm2), n_ctx=512, verbose=False, offload_kqv=False, **options)
         with pytest.raises(SparseUnsupported, match=reason):
             Attached(llm.ctx)

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-import naive
 import numpy as np
 import pytest
+
+import naive
 from kvcast import history, selection
 
 SHAPES = [(1, 9), (3, 10), (6, 40), (90, 123)]
@@ -15,7 +16,13 @@ SHAPES = [(1, 9), (3, 10), (6, 40), (90, 123)]
 @pytest.fixture(params=["compiled", "interpreted"])
 def how(request, monkeypatch):
     if request.param == "interpreted":
-        for module, name in ((selection, "_select"), (selection, "count_changes"), (history, "_observe_listed"), (history, "_observe_all")):
+        for module, name in (
+            (selection, "_select"),
+            (selection, "_spread"),
+            (selection, "count_changes"),
+            (history, "_observe_listed"),
+            (history, "_observe_all"),
+        ):
             monkeypatch.setattr(module, name, getattr(module, name).py_func)
     return request.param
 
@@ -26,7 +33,8 @@ def lists(blocks, n_listed):
 
 @pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
 @pytest.mark.parametrize("n_budget", [9, 12, 30, 200])
-def test_select(n_rows, n_used, n_budget, how):
+@pytest.mark.parametrize("budgets", ["uniform", "spread"])
+def test_select(n_rows, n_used, n_budget, budgets, how):
     rng = np.random.default_rng(n_rows * 1000 + n_used)
     for scores in (
         rng.random((n_rows, n_used + 7)).astype(np.float32),
@@ -35,8 +43,8 @@ def test_select(n_rows, n_used, n_budget, how):
         np.full((n_rows, n_used), -1, np.float32),
     ):
         blocks, n_listed, shares = np.zeros((n_rows, n_used + 9), np.int32), np.zeros(n_rows, np.int32), np.zeros(n_rows, np.float32)
-        selection.select(scores, n_used, n_budget, 4, 4, blocks, n_listed, shares)
-        expected = naive.select(scores, n_used, n_budget, 4, 4)
+        selection.select(scores, n_used, n_budget, 4, 4, blocks, n_listed, shares, budgets)
+        expected = naive.select(scores, n_used, n_budget, 4, 4, budgets)
         assert lists(blocks, n_listed) == expected
         if n_budget < n_used and scores.min() >= 0 and scores[:, :n_used].any():
             held = np.array([scores[r, e].sum() / scores[r, :n_used].sum() for r, e in enumerate(expected)])

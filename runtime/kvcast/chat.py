@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
@@ -27,7 +28,12 @@ class Figures:
 
     def line(self) -> str:
         """One line for people."""
-        parts = [f"{self.tok_s:.1f} tok/s", f"{self.n_tokens} tokens", f"first after {self.first_token_s:.1f} s", f"context {self.n_context:,}"]
+        parts = [
+            f"{self.tok_s:.1f} tok/s",
+            f"{self.n_tokens} tokens",
+            f"first after {self.first_token_s:.1f} s",
+            f"context {self.n_context:,}",
+        ]
         if self.times is not None and self.times.n_steps:
             t = self.times
             parts.append(f"KV read {t.blocks_dense / t.blocks_read:.1f}x less than dense")

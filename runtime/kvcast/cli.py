@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Iterator, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +19,8 @@ from . import models
 from .config import SparseConfig
 from .errors import KvcastError
 
+from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 console = Console()
 notes = Console(stderr=True)
@@ -25,9 +29,10 @@ ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvca
 Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
 Predictor = Annotated[str, typer.Option(help="ema, last, window or oracle.")]
 Calibrate = Annotated[str, typer.Option(help="dense:M or off.")]
+Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
 Hold = Annotated[int, typer.Option(help="Steps for which a selected set is kept.")]
-Threads = Annotated[Optional[int], typer.Option(help="Compute threads; all physical cores when not given.")]
-JsonFile = Annotated[Optional[Path], typer.Option("--json", help="Write the report to this file.")]
+Threads = Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
 
 DEFAULT = SparseConfig()
 
@@ -36,7 +41,13 @@ DEFAULT = SparseConfig()
 def progress(title: str) -> Iterator:
     """A progress bar on stderr; yields ``update(done, total)``."""
     bar = Progress(
-        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=notes, transient=True, disable=not notes.is_terminal
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
     )
     with bar:
         task = bar.add_task(title, total=None)
@@ -74,13 +85,14 @@ def list_models() -> None:
 @app.command()
 def chat(
     model: ModelName = "smollm2",
-    file: Annotated[Optional[list[Path]], typer.Option("--file", "-f", help="A text file to talk about; repeatable.")] = None,
+    file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A text file to talk about; repeatable.")] = None,
     budget: Budget = DEFAULT.budget,
     dense: Annotated[bool, typer.Option("--dense", help="Plain llama.cpp, no sparse attention.")] = False,
     context: Annotated[int, typer.Option(help="Tokens the context holds; 0: what the model was trained for.")] = 0,
     predictor: Predictor = DEFAULT.predictor,
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
+    budgets: Budgets = DEFAULT.budgets,
     threads: Threads = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
@@ -89,7 +101,7 @@ def chat(
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
 
-    config = None if dense else SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold)
+    config = None if dense else SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, budgets=budgets)
     document = "\n\n".join(read_text(path) for path in file or [])
     more = {"n_threads": threads} if threads else {}
     if dense:
@@ -130,11 +142,14 @@ def _all_cores() -> int:
 def bench(
     model: ModelName = "smollm2",
     context: Annotated[int, typer.Option(help="Tokens of prompt.")] = 7680,
-    text: Annotated[Optional[list[Path]], typer.Option(help="Documents; speed is measured on the first. Default: a novel that comes with kvcast.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Documents; speed is measured on the first. Default: a novel that comes with kvcast.")
+    ] = None,
     budget: Budget = DEFAULT.budget,
     predictor: Predictor = DEFAULT.predictor,
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
+    budgets: Budgets = DEFAULT.budgets,
     compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",
     steps: Annotated[int, typer.Option(help="Decode steps of a round.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 5,
@@ -144,7 +159,7 @@ def bench(
     """Measure sparse against dense: speed, KV read, recovery."""
     from .bench import bench as run
 
-    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold)
+    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, budgets=budgets)
     others = [name for name in compare.split(",") if name]
     for name in others:
         SparseConfig(predictor=name)
@@ -180,11 +195,19 @@ def show(report: dict) -> None:
         speed.add_row(name, f"{tok_s:.1f}", f"{tok_s / dense['tok_s']:.2f}x", f"{read / 1e6:.1f} MB" if read else "")
     console.print(speed)
     table = Table(box=None, pad_edge=False)
-    for column in ("document", "predictor", "recovery", "middle", "churn/step"):
+    for column in ("document", "predictor", "recovery", "middle", "KL", "same token", "churn/step"):
         table.add_column(column)
     for name, results in report["documents"].items():
         for r in results:
-            table.add_row(name, r["predictor"], f"{r['recovery']:.3f}", f"{r['middle_recovery']:.3f}", f"{r['churn']:.1%}")
+            table.add_row(
+                name,
+                r["predictor"],
+                f"{r['recovery']:.3f}",
+                f"{r['middle_recovery']:.3f}",
+                f"{r['kl']:.3f}",
+                f"{r['top1']:.0%}",
+                f"{r['churn']:.1%}",
+            )
     console.print(table)
     parts = ", ".join(f"{name} {value:.2f}" for name, value in report["step_ms"].items())
     console.print(f"step, ms: {parts}", highlight=False)
@@ -192,6 +215,8 @@ def show(report: dict) -> None:
 
 def main() -> None:
     """Entry point: errors of ours are one sentence and exit code 1."""
+    # llama-cpp-python 0.3.36 numbers ggml's log levels one too low and so prints warnings as errors
+    _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
     try:
         app(standalone_mode=True)
     except (KvcastError, ValueError, TypeError) as error:

@@ -17,7 +17,8 @@ class SparseConfig:
     Parameters
     ----------
     budget : int
-        Tokens that each KV head of each layer attends to, sink and window included.
+        Tokens per KV head and layer that a step attends to, sink and window included; with ``budgets="spread"`` in the
+        mean over the model.
     compression : float or None
         Instead of ``budget``: the budget is context / compression, renewed at each selection.
     predictor : str
@@ -30,7 +31,8 @@ class SparseConfig:
     calibrate : str
         ``dense:M`` (one step in M attends to everything and so renews every score) or ``off``.
     budgets : str
-        ``uniform``: the same budget for every layer and KV head.
+        ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
+        (the same for all).
     path : str
         ``auto`` or ``host``: attention on the CPU beside the store.
 
@@ -47,7 +49,7 @@ class SparseConfig:
     window: int = 64
     hold: int = 8
     calibrate: str = "dense:16"
-    budgets: str = "uniform"
+    budgets: str = "spread"
     path: str = "auto"
 
     def __post_init__(self) -> None:
@@ -73,8 +75,8 @@ class SparseConfig:
             raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}")
         if self.calibrate != "off" and not re.fullmatch(r"dense:[1-9]\d*", self.calibrate):
             raise ValueError(f"calibrate is {self.calibrate!r}; use 'dense:M' with M >= 1, or 'off'")
-        if self.budgets != "uniform":
-            raise ValueError(f"budgets is {self.budgets!r}; only 'uniform' is there yet")
+        if self.budgets not in ("spread", "uniform"):
+            raise ValueError(f"budgets is {self.budgets!r}; use 'spread' or 'uniform'")
         if self.path not in ("auto", "host"):
             raise ValueError(f"path is {self.path!r}; use 'auto' or 'host'")
 

@@ -7,8 +7,8 @@ out of both terms (and is weighted by mass, as shares of it are tiny where sink 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 import numpy as np
 
@@ -26,37 +26,66 @@ class Recovery:
     middle_recovery: float
     churn: float  # share of the set replaced per step
     estimated: float  # the runtime's own estimate of recovery
+    kl: float  # mean over tokens of the divergence of the next-token distribution from dense, nats
+    top1: float  # share of tokens where the likeliest next token is the same
     step_ms: float
 
 
 class Recorder:
-    """Notes the set of every sparse step: ``masks`` bool, shape (n_rows, n_blocks); None for a step over everything."""
+    """Notes the set of every sparse step; set it as ``session.on_selected``."""
 
     def __init__(self, llm: Llama):
         self._session = llm.session
-        self.masks: list[np.ndarray | None] = []
+        self._lists: list[tuple[np.ndarray, np.ndarray] | None] = []
 
     def __call__(self, _position: int) -> None:
         session = self._session
-        if session.calibrating:
-            self.masks.append(None)
-            return
-        listed = np.arange(session.blocks.shape[1]) < session.n_listed[:, None]
-        rows, columns = np.nonzero(listed)
-        mask = np.zeros(session.blocks.shape, bool)
-        mask[rows, session.blocks[rows, columns]] = True
-        self.masks.append(mask)
+        longest = int(session.n_listed.max())
+        self._lists.append(None if session.calibrating else (session.blocks[:, :longest].copy(), session.n_listed.copy()))
+
+    @property
+    def masks(self) -> list[np.ndarray | None]:
+        """One per step: bool, shape (n_rows, n_blocks); None for a step over everything."""
+        masks: list[np.ndarray | None] = []
+        for step in self._lists:
+            if step is None:
+                masks.append(None)
+                continue
+            blocks, n_listed = step
+            rows, columns = np.nonzero(np.arange(blocks.shape[1]) < n_listed[:, None])
+            mask = np.zeros(self._session.blocks.shape, bool)
+            mask[rows, blocks[rows, columns]] = True
+            masks.append(mask)
+        return masks
 
 
-def true_scores(llm: Llama, tokens: Sequence[int]) -> list[np.ndarray]:
-    """Run tokens dense, one by one; the scores of each: float32, shape (n_rows, blocks in use)."""
+def next_logits(llm: Llama) -> np.ndarray:
+    """Logits of the token evaluated last: float32, shape (n_vocab,)."""
+    return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)).copy()
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def true_scores(llm: Llama, tokens: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Run tokens dense, one by one.
+
+    Returns
+    -------
+    scores : list of float32 arrays, shape (n_rows, blocks in use), one per token
+    logits : float32, shape (len(tokens), n_vocab)
+    """
     session = llm.session
-    found = []
+    found, logits = [], []
     for token in tokens:
         session._decode(native.HISTORY, [token], llm._decode)
         n_used = -(-session.n_tokens // native.BLOCK_TOKENS)
         found.append(session.attached.history_scores[:, 0, :, :n_used].reshape(session.n_rows, n_used).copy())
-    return found
+        logits.append(next_logits(llm))
+    return found, np.stack(logits)
 
 
 def recovery_of(masks: Sequence[np.ndarray | None], truth: Sequence[np.ndarray], config: SparseConfig) -> tuple[float, float]:
@@ -95,18 +124,22 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Seque
         session.truncate(n_context)
         session.history.averages[:], session.history.n_observed = primed
 
-    truth = true_scores(llm, tokens[n_context:])
+    truth, dense_logits = true_scores(llm, tokens[n_context:])
+    dense = log_softmax(dense_logits)
     rewind()
     results = []
     for name in predictors:
         now = replace(config, predictor=name)
         session.configure(now)
         session.on_selected = recorder = Recorder(llm)
+        logits = []
         try:
             for token in tokens[n_context:]:
                 llm.eval([token])
+                logits.append(next_logits(llm))
         finally:
             session.on_selected = None
+        sparse = log_softmax(np.stack(logits))
         times = session.times
         recovery, middle = recovery_of(recorder.masks, truth, now)
         per_set = max(1, times.blocks_read - times.n_calibrations * times.blocks_dense // times.n_steps)
@@ -117,6 +150,8 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Seque
                 middle_recovery=middle,
                 churn=times.n_changed / per_set,
                 estimated=times.share_sum / times.n_steps,
+                kl=float((np.exp(dense) * (dense - sparse)).sum(-1).mean()),
+                top1=float((dense.argmax(-1) == sparse.argmax(-1)).mean()),
                 step_ms=times.ms(times.total),
             )
         )

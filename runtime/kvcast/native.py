@@ -6,7 +6,7 @@ Arrays are NumPy views of native memory: nothing is copied, and they are valid u
 from __future__ import annotations
 
 import ctypes
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt

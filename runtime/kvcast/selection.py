@@ -6,9 +6,48 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+SPREAD_FLOOR, SPREAD_CAP = 4, 8  # a row's critical blocks: from a quarter of the mean to eight times it
+
 
 @numba.njit(nogil=True, cache=True)
-def _select(scores, n_sink, window_begin, n_used, n_critical, blocks, n_listed, shares, scratch):
+def _spread(scores, begin, end, total, floor, cap, keep):
+    """keep[row]: how many of the blocks [begin, end) each row keeps, so that the kept scores sum to most."""
+    n_rows, n = scores.shape[0], end - begin
+    pool = np.empty(n_rows * (cap - floor), np.float32)
+    n_pool = 0
+    for row in range(n_rows):
+        # the best `floor` are kept in any case, those past the best `cap` in none: the others compete
+        best = -scores[row, begin:end]
+        if cap < n:
+            best = np.partition(best, cap - 1)[:cap]
+        if floor > 0:
+            best = np.partition(best, floor - 1)
+        for i in range(floor, cap):
+            pool[n_pool] = best[i]
+            n_pool += 1
+        keep[row] = floor
+    free = total - n_rows * floor
+    if free <= 0:
+        return
+    if free >= n_pool:
+        keep[:] = cap
+        return
+    threshold = np.partition(pool, free - 1)[free - 1]
+    n_kept = 0
+    for i in range(n_pool):
+        if pool[i] < threshold:
+            keep[i // (cap - floor)] += 1
+            n_kept += 1
+    for i in range(n_pool):  # ties go to the earlier rows
+        if n_kept == free:
+            break
+        if pool[i] == threshold:
+            keep[i // (cap - floor)] += 1
+            n_kept += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _select(scores, n_sink, window_begin, n_used, keep, blocks, n_listed, shares):
     n_middle = window_begin - n_sink
     for row in range(scores.shape[0]):
         n = 0
@@ -16,19 +55,16 @@ def _select(scores, n_sink, window_begin, n_used, n_critical, blocks, n_listed, 
             blocks[row, n] = b
             n += 1
         # the score of the last block that gets in
-        keep = min(n_critical, n_middle)
+        n_keep = min(keep[row], n_middle)
         threshold = np.float32(np.inf)
         n_equal = 0
-        if keep > 0:
-            for i in range(n_middle):
-                scratch[i] = -scores[row, n_sink + i]
-            part = np.partition(scratch[:n_middle], keep - 1)
-            threshold = -part[keep - 1]
+        if n_keep > 0:
+            threshold = -np.partition(-scores[row, n_sink:window_begin], n_keep - 1)[n_keep - 1]
             n_above = 0
-            for i in range(n_middle):
-                if scores[row, n_sink + i] > threshold:
+            for b in range(n_sink, window_begin):
+                if scores[row, b] > threshold:
                     n_above += 1
-            n_equal = keep - n_above
+            n_equal = n_keep - n_above
         for b in range(n_sink, window_begin):
             s = scores[row, b]
             take = s > threshold
@@ -61,15 +97,20 @@ def select(
     blocks: npt.NDArray[np.int32],
     n_listed: npt.NDArray[np.int32],
     shares: npt.NDArray[np.float32],
+    budgets: str = "uniform",
 ) -> None:
     """Write the list of every row: sink, the best ``n_budget - n_sink - n_window`` between, window. Ids ascend.
+
+    With ``budgets="spread"`` the rows together keep ``n_rows`` times as many, each between a quarter of that number and
+    eight times it, chosen by score over all rows: scores are shares of attention, so the rows where attention is wide get
+    more (DESIGN.md 7).
 
     Parameters
     ----------
     scores : float32, shape (n_rows, >= n_used)
         Negative scores are never selected. Ties go to the earlier block.
     n_used, n_budget, n_sink, n_window : int
-        Blocks in use; blocks per row; of these at the start and at the end of the context.
+        Blocks in use; blocks per row, in the mean; of these at the start and at the end of the context.
     blocks : int32, shape (n_rows, >= n_used), out
     n_listed : int32, shape (n_rows,), out
     shares : float32, shape (n_rows,), out
@@ -80,8 +121,13 @@ def select(
         return
     n_sink = min(n_sink, n_used)
     window_begin = max(n_sink, n_used - n_window)
-    scratch = np.empty(n_used, np.float32)
-    _select(scores, n_sink, window_begin, n_used, n_budget - n_sink - n_window, blocks, n_listed, shares, scratch)
+    n_middle = window_begin - n_sink
+    n_critical = min(n_budget - n_sink - n_window, n_middle)
+    keep = np.full(len(scores), n_critical, np.int64)
+    if budgets == "spread" and n_critical > 0:
+        floor, cap = n_critical // SPREAD_FLOOR, min(n_middle, n_critical * SPREAD_CAP)
+        _spread(scores, n_sink, window_begin, n_critical * len(scores), floor, cap, keep)
+    _select(scores, n_sink, window_begin, n_used, keep, blocks, n_listed, shares)
 
 
 def list_all(n_used: int, blocks: npt.NDArray[np.int32], n_listed: npt.NDArray[np.int32], shares: npt.NDArray[np.float32]) -> None:

@@ -8,8 +8,8 @@ running the last tokens once more.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Sequence
 
 import numpy as np
 
@@ -99,6 +99,19 @@ class Session:
         self.in_sparse_step = False  # which order the scores of the running step have
         self.on_progress: Callable[[int, int], None] | None = None  # prompt tokens done, in all
         self.on_selected: Callable[[int], None] | None = None  # evaluation: called with the position before each step
+
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile or load the kernels now, not in the first step."""
+        n = self.blocks.shape[1]
+        for budgets in ("uniform", "spread"):
+            few = slice(0, 2)
+            select(self.history.averages[few, 0], n, min(3, n), 1, 1, self.blocks[few], self.n_listed[few], self.shares[few], budgets)
+        count_changes(self.blocks[:0], self.n_listed[:0], self._mask[:0])
+        self.history.observe_listed(self.blocks[:0], self.n_listed[:0], self.scores[:0], self.shares[:0])
+        self.history.observe_all(self.attached.history_scores, 0, 0)
+        self.history.n_observed = 0
 
     def close(self) -> None:
         self.attached.close()
@@ -226,6 +239,7 @@ class Session:
             self.blocks,
             self.n_listed,
             self.shares,
+            config.budgets,
         )
         self.times.predict += t1 - t0
         self.times.n_changed += count_changes(self.blocks, self.n_listed, self._mask)
