@@ -29,7 +29,8 @@ class SparseConfig:
     hold : int
         Steps for which a selected set is kept.
     calibrate : str
-        ``dense:M`` (one step in M attends to everything and so renews every score) or ``off``.
+        ``dense:M`` (one step in M attends to everything and so renews every score), ``auto`` (M = context / budget, at
+        least 4: these steps together read about as much as the others) or ``off``.
     budgets : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
         (the same for all).
@@ -48,7 +49,7 @@ class SparseConfig:
     sink: int = 64
     window: int = 64
     hold: int = 8
-    calibrate: str = "dense:16"
+    calibrate: str = "auto"
     budgets: str = "spread"
     path: str = "auto"
 
@@ -73,17 +74,12 @@ class SparseConfig:
             raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
         if self.predictor not in PREDICTORS:
             raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}")
-        if self.calibrate != "off" and not re.fullmatch(r"dense:[1-9]\d*", self.calibrate):
-            raise ValueError(f"calibrate is {self.calibrate!r}; use 'dense:M' with M >= 1, or 'off'")
+        if self.calibrate not in ("auto", "off") and not re.fullmatch(r"dense:[1-9]\d*", self.calibrate):
+            raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'dense:M' with M >= 1, or 'off'")
         if self.budgets not in ("spread", "uniform"):
             raise ValueError(f"budgets is {self.budgets!r}; use 'spread' or 'uniform'")
         if self.path not in ("auto", "host"):
             raise ValueError(f"path is {self.path!r}; use 'auto' or 'host'")
-
-    @property
-    def calibrate_every(self) -> int:
-        """Steps from one calibration to the next; 0 when off."""
-        return 0 if self.calibrate == "off" else int(self.calibrate.split(":")[1])
 
     def budget_blocks(self, n_tokens: int) -> int:
         """Blocks per layer and KV head at a context of ``n_tokens``."""
@@ -91,3 +87,11 @@ class SparseConfig:
         if self.compression is not None:
             tokens = max(self.sink + self.window + BLOCK_TOKENS, int(n_tokens / self.compression))
         return tokens // BLOCK_TOKENS
+
+    def calibrate_every(self, n_tokens: int) -> int:
+        """Steps from one calibration to the next at a context of ``n_tokens``; 0 when off."""
+        if self.calibrate == "off":
+            return 0
+        if self.calibrate == "auto":
+            return max(4, round(n_tokens / BLOCK_TOKENS / self.budget_blocks(n_tokens)))
+        return int(self.calibrate.split(":")[1])

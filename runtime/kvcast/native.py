@@ -6,18 +6,32 @@ Arrays are NumPy views of native memory: nothing is copied, and they are valid u
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from .library import use_own_libraries
+from .library import LIBRARY_DIR, use_own_libraries
 
 use_own_libraries()
 
 import llama_cpp.llama_cpp as llama_cpp  # noqa: E402
 
 from .errors import SparseUnsupported  # noqa: E402
+
+
+def _load_plugins() -> None:
+    """Builds with GGML_BACKEND_DL look for backends beside the executable only; ours lie beside libllama."""
+    reg_count = llama_cpp._lib.ggml_backend_reg_count
+    reg_count.restype, reg_count.argtypes = ctypes.c_size_t, ()
+    if reg_count() == 0:
+        load = llama_cpp._lib.ggml_backend_load_all_from_path
+        load.restype, load.argtypes = None, (ctypes.c_char_p,)
+        load(os.fsencode(LIBRARY_DIR))
+
+
+_load_plugins()
 
 BLOCK_TOKENS = 16
 

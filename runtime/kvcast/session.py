@@ -165,7 +165,7 @@ class Session:
         times = self.times
         config = self.config
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
-        every = config.calibrate_every
+        every = config.calibrate_every(self.n_tokens)
         due = not self.frozen and bool(every) and self._since_calibration + 1 >= every
         if due and config.budget_blocks(self.n_tokens) < n_used:
             list_all(n_used, self.blocks, self.n_listed, self.shares)
