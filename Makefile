@@ -29,7 +29,7 @@ build/reference/kvcast/lib/libllama.so: $(VENV)/.installed
 	test -f $@ || ( $(PYTHON) scripts/vendor.py --pristine build/pristine && \
 	$(BIN)/cmake -S runtime -B build/reference-build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DKVCAST_PRISTINE=ON -DKVCAST_LLAMA=$(abspath build/pristine) > /dev/null && \
-	$(BIN)/cmake --build build/reference-build --target kvcast_libraries && \
+	$(BIN)/cmake --build build/reference-build --target kvcast_libraries > build/reference.log && \
 	$(BIN)/cmake --install build/reference-build --prefix build/reference )
 	touch $@
 
@@ -38,7 +38,7 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet cmake ninja
 	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
-	$(BIN)/python -m pip install --verbose ".[cpu,test]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/|Building|Successfully|.*[Ee]rror)" || true
+	$(BIN)/python -m pip install --verbose ".[cpu,test]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/[0-9]+\] (Linking|Generating)|Successfully)|[Ee]rror:" || true
 	$(BIN)/python -c "import kvcast"
 	touch $@
 
