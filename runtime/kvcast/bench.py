@@ -172,7 +172,7 @@ def bench(
             "select": times.ms(times.select),
             "observe": times.ms(times.observe),
             "calibrate": times.ms(times.calibrate - times.n_calibrations * plain),
-            "wait": 0.0,
+            "wait": times.ms(times.wait),
         },
         "documents": {name: [asdict(r) for r in results] for name, results in found.items()},
     }

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from predictor_onnx.cli import app as predictor_app
+
 from . import models
 from .config import SparseConfig
 from .errors import KvcastError
@@ -22,12 +24,13 @@ from .errors import KvcastError
 from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
+app.add_typer(predictor_app, name="predictor")
 console = Console()
 notes = Console(stderr=True)
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvcast models` or a path to a .gguf file.")]
 Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
-Predictor = Annotated[str, typer.Option(help="ema, last, window or oracle.")]
+Predictor = Annotated[str, typer.Option(help="ema, last, window, onnx:NAME or oracle.")]
 Calibrate = Annotated[str, typer.Option(help="auto, dense:M or off.")]
 Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
 Hold = Annotated[int, typer.Option(help="Steps for which a selected set is kept.")]

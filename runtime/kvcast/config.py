@@ -23,14 +23,15 @@ class SparseConfig:
         Instead of ``budget``: the budget is context / compression, renewed at each selection.
     predictor : str
         ``ema`` (average of past block scores), ``last`` (scores of the last step), ``window`` (sink and window only),
-        ``oracle`` (runs each step twice to see the true scores; for evaluation).
+        ``onnx:NAME`` (a network of predictor_onnx, or a path to one), ``oracle`` (runs each step twice to see the true
+        scores; for evaluation).
     sink, window : int
         First and most recent tokens that are always attended to.
     hold : int
         Steps for which a selected set is kept.
     calibrate : str
         ``dense:M`` (one step in M attends to everything and so renews every score), ``auto`` (M = context / budget, at
-        least 4: these steps together read about as much as the others) or ``off``.
+        least 8: these steps together read about as much as the others) or ``off``.
     budgets : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
         (the same for all).
@@ -72,8 +73,8 @@ class SparseConfig:
             raise ValueError(f"compression is {self.compression}; it must be 1 or more")
         if self.hold < 1:
             raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}")
+        if self.predictor not in PREDICTORS and not re.fullmatch("onnx:.+", self.predictor):
+            raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
         if self.calibrate not in ("auto", "off") and not re.fullmatch(r"dense:[1-9]\d*", self.calibrate):
             raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'dense:M' with M >= 1, or 'off'")
         if self.budgets not in ("spread", "uniform"):
@@ -93,5 +94,5 @@ class SparseConfig:
         if self.calibrate == "off":
             return 0
         if self.calibrate == "auto":
-            return max(4, round(n_tokens / BLOCK_TOKENS / self.budget_blocks(n_tokens)))
+            return max(8, round(n_tokens / BLOCK_TOKENS / self.budget_blocks(n_tokens)))
         return int(self.calibrate.split(":")[1])

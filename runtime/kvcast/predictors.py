@@ -35,6 +35,26 @@ class Nothing:
         return np.full((len(history.averages), n_blocks), -1.0, np.float32)
 
 
+class Learned:
+    """A network of ``predictor_onnx``, by name or path.
+
+    Raises
+    ------
+    predictor_onnx.infer.PredictorError
+        The file is missing or unusable, or ONNX Runtime is not installed.
+    """
+
+    def __init__(self, name: str):
+        from predictor_onnx.infer import OnnxPredictor, resolve
+
+        self._network = OnnxPredictor(resolve(name), len(DECAYS))
+
+    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+        return self._network.predict(history.averages[:, :, :n_blocks])
+
+
 def make(name: str) -> Predictor:
     """The predictor of a SparseConfig's ``predictor``; ``oracle`` ranks the true scores that the session put last."""
+    if name.startswith("onnx:"):
+        return Learned(name.removeprefix("onnx:"))
     return {"ema": Average(0.9), "last": Average(0.0), "oracle": Average(0.0), "window": Nothing()}[name]

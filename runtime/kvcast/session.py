@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from .selection import append_block, count_changes, list_all, select
 
 HISTORY_TOKENS = 64  # of a prompt, in history mode
 HISTORY_BYTES_MAX = 256 << 20  # of their scores, on the host
+OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
 AttentionFn = Callable[[int, int, np.ndarray], None]
 
@@ -39,6 +41,7 @@ class StepTimes:
     predict: float = 0.0
     select: float = 0.0
     observe: float = 0.0
+    wait: float = 0.0  # for a selection that ran beside the step
     calibrate: float = 0.0  # whole duration of the calibrating steps
     n_changed: int = 0  # blocks that a selection brought in
     n_selected: int = 0  # blocks in those selections
@@ -100,6 +103,10 @@ class Session:
         self.on_progress: Callable[[int, int], None] | None = None  # prompt tokens done, in all
         self.on_selected: Callable[[int], None] | None = None  # evaluation: called with the position before each step
 
+        self._worker: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None  # the selection that runs beside this step
+        self._next: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # its blocks, n_listed, shares
+        self._next_n_used = 0  # blocks in use that it was made for; 0: there is none
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -114,15 +121,17 @@ class Session:
         self.history.n_observed = 0
 
     def close(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown(wait=True)
         self.attached.close()
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
         """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
-        self.config = config
         self.predictor = predictors.make(config.predictor)
+        self.config = config
         self.frozen = frozen
         self.times = StepTimes()
-        self._age = None
+        self._drop_set()
         self._since_calibration = 0
         self._mask[:] = False
 
@@ -132,7 +141,7 @@ class Session:
         """The store now ends at ``n_tokens``: drop what was known of the rest."""
         self.history.truncate(n_tokens)
         self.n_tokens = n_tokens
-        self._age = None
+        self._drop_set()
         self.attached.invalidate()
 
     def forget(self) -> None:
@@ -153,7 +162,8 @@ class Session:
             self._decode(native.HISTORY, part, decode)
             self.history.observe_all(self.attached.history_scores, len(part), self._n_blocks())
             self._report(i + n_taps, len(tokens))
-        self._age = None
+        self._drop_set()
+        self._since_calibration = 0  # the last tokens were dense: every score is new
 
     def _report(self, n_done: int, n_tokens: int) -> None:
         if self.on_progress is not None:
@@ -167,27 +177,31 @@ class Session:
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         every = config.calibrate_every(self.n_tokens)
         due = not self.frozen and bool(every) and self._since_calibration + 1 >= every
-        if due and config.budget_blocks(self.n_tokens) < n_used:
+        self.calibrating = due and config.budget_blocks(self.n_tokens) < n_used
+        if self.calibrating:
             list_all(n_used, self.blocks, self.n_listed, self.shares)
             self._since_calibration = 0
-            self._age = None
-            self.calibrating = True
+            self._drop_set()
         else:
             self._since_calibration += 1
             if self._age is None or (self._age >= config.hold and not self.frozen):
-                self._select(n_used)
+                self._take_set(n_used)
                 self._age = 0
             elif n_used > self._n_listed_blocks:
                 append_block(n_used - 1, self.blocks, self.n_listed)
             self._age += 1
-            self.calibrating = False
+            if self._age == config.hold and not self.frozen and self.n_rows * n_used >= OVERLAP_MIN:
+                self._select_beside()
         self._n_listed_blocks = n_used
         if self.on_selected is not None:
             self.on_selected(self.n_tokens)
 
         attention_us = self.attached.stats.attention_us
         read = int(self.n_listed.sum())
-        self._decode(native.SPARSE, [token], decode)
+        try:
+            self._decode(native.SPARSE, [token], decode)
+        finally:
+            self._wait()  # before the scores it reads are renewed
 
         observed = time.perf_counter()
         if not self.frozen:
@@ -225,23 +239,52 @@ class Session:
                 self.attached.set_mode(native.DENSE)
         self.n_tokens += len(tokens)
 
-    def _select(self, n_used: int) -> None:
+    def _drop_set(self) -> None:
+        """Select anew before the next step."""
+        self._age = None
+        self._next_n_used = 0
+
+    def _take_set(self, n_used: int) -> None:
+        """Put the lists of a new set in place: what was selected beside the last step, or one selected now."""
+        if self._next_n_used == n_used and self._next is not None:
+            blocks, n_listed, shares = self._next
+            longest = int(n_listed.max())
+            self.blocks[:, :longest] = blocks[:, :longest]
+            self.n_listed[:] = n_listed
+            self.shares[:] = shares
+        else:
+            self._select(n_used, self.blocks, self.n_listed, self.shares)
+        self._next_n_used = 0
+        self.times.n_changed += count_changes(self.blocks, self.n_listed, self._mask)
+        self.times.n_selected += int(self.n_listed.sum())
+
+    def _select_beside(self) -> None:
+        """Start selecting the next step's set while this one is computed, from the scores up to the step before."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-select")
+            self._next = (np.empty_like(self.blocks), np.empty_like(self.n_listed), np.empty_like(self.shares))
+        assert self._next is not None
+        n_used = (self.n_tokens + 1) // native.BLOCK_TOKENS + 1
+        self._pending = self._worker.submit(self._select, n_used, *self._next)
+        self._next_n_used = n_used
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            begin = time.perf_counter()
+            try:
+                pending.result()
+            except BaseException:
+                self._drop_set()
+                raise
+            self.times.wait += time.perf_counter() - begin
+
+    def _select(self, n_used: int, blocks: np.ndarray, n_listed: np.ndarray, shares: np.ndarray) -> None:
         config = self.config
         t0 = time.perf_counter()
         scores = self.predictor.predict(self.history, n_used)
         t1 = time.perf_counter()
-        select(
-            scores,
-            n_used,
-            config.budget_blocks(self.n_tokens),
-            config.sink // native.BLOCK_TOKENS,
-            config.window // native.BLOCK_TOKENS,
-            self.blocks,
-            self.n_listed,
-            self.shares,
-            config.budgets,
-        )
+        n_sink, n_window = config.sink // native.BLOCK_TOKENS, config.window // native.BLOCK_TOKENS
+        select(scores, n_used, config.budget_blocks(self.n_tokens), n_sink, n_window, blocks, n_listed, shares, config.budgets)
         self.times.predict += t1 - t0
-        self.times.n_changed += count_changes(self.blocks, self.n_listed, self._mask)
-        self.times.n_selected += int(self.n_listed.sum())
         self.times.select += time.perf_counter() - t1

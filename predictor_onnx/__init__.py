@@ -1,0 +1,1 @@
+"""The learned predictor: inference here (``infer``), everything else (data, model, training, export) needs torch."""

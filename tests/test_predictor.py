@@ -1,0 +1,105 @@
+"""Learned predictors: the shipped network against a naive twin, and what can be wrong with a file."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from kvcast import Llama, SparseConfig
+from kvcast.history import DECAYS
+from predictor_onnx.infer import HERE, OnnxPredictor, PredictorError, resolve, shipped
+
+
+def naive_stream(path, averages):
+    weights = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in onnx.load(path).graph.initializer}
+    logs = np.log(averages.astype(np.float64) + 1e-6)
+
+    def conv(x, i, relu):
+        w, b = weights[f"conv{i}.weight"], weights[f"conv{i}.bias"]
+        pad = w.shape[2] // 2
+        x = np.pad(x, ((0, 0), (0, 0), (pad, pad)))
+        n = x.shape[2] - 2 * pad
+        y = b[None, :, None] + sum(np.einsum("oi,rin->ron", w[:, :, k], x[:, :, k : k + n]) for k in range(w.shape[2]))
+        return np.maximum(y, 0) if relu else y
+
+    x = conv(conv(logs * 0.1 + 0.5, 0, True), 1, True)
+    return np.exp(logs[:, 3] + np.clip(conv(x, 2, False)[:, 0], -4, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (90, 480)])
+def test_stream_against_numpy(shape):
+    rng = np.random.default_rng(0)
+    averages = (rng.random((shape[0], len(DECAYS), shape[1])) ** 5).astype(np.float32)
+    path = resolve("stream")
+    np.testing.assert_allclose(OnnxPredictor(path, len(DECAYS)).predict(averages), naive_stream(path, averages), rtol=2e-4)
+
+
+def test_every_shipped_predictor_has_a_card():
+    assert "stream" in shipped()
+    for name in shipped():
+        card = json.loads((HERE / f"{name}.json").read_text())
+        assert card["middle_recovery_24_blocks_held_out"] and card["ms_per_prediction"] and card["trained_on"]
+
+
+def edited(tmp_path, edit):
+    model = onnx.load(resolve("stream"))
+    edit(model)
+    path = tmp_path / "edited.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def nan_weights(model):
+    tensor = next(t for t in model.graph.initializer if t.name == "conv1.weight")
+    values = numpy_helper.to_array(tensor).copy()
+    values[0, 0, 0] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def wrong_opset(model):
+    model.opset_import[0].version = 999
+
+
+def wrong_name(model):
+    model.graph.input[0].name = "history"
+    model.graph.node[0].input[0] = "history"
+
+
+def wrong_shape(model):
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 7
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"), [(nan_weights, "not numbers"), (wrong_opset, "cannot be loaded"), (wrong_name, "history"), (wrong_shape, "")]
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, edit, word):
+    with pytest.raises(PredictorError, match=word) as caught:
+        OnnxPredictor(edited(tmp_path, edit), len(DECAYS))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx at all"])
+def test_not_onnx(tmp_path, content):
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(PredictorError):
+        OnnxPredictor(tmp_path / "x.onnx", len(DECAYS))
+
+
+def test_the_model_runs_with_ema_after_a_bad_predictor(smollm2, tmp_path, code):
+    with pytest.raises(PredictorError, match=r"nowhere\.onnx"):
+        Llama(smollm2, n_ctx=512, sparse=SparseConfig(predictor="onnx:nowhere.onnx"), verbose=False)
+    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256, predictor="onnx:stream"), n_threads=2, verbose=False)
+    tokens = llm.tokenize(code.encode())[:830]
+    llm.eval(tokens[:800])
+    for token in tokens[800:815]:
+        llm.eval([token])
+    with pytest.raises(PredictorError):
+        llm.session.configure(SparseConfig(budget=256, predictor=f"onnx:{edited(tmp_path, nan_weights)}"))
+    assert llm.session.config.predictor == "onnx:stream"
+    llm.session.configure(SparseConfig(budget=256))
+    for token in tokens[815:830]:
+        llm.eval([token])
+    assert llm.n_tokens == 830
+    llm.close()

@@ -1,0 +1,110 @@
+"""The loop itself: selection beside the step, calibration, determinism."""
+
+import numpy as np
+import pytest
+
+from kvcast import Llama, SparseConfig, session
+from test_contract import logits_of
+
+
+@pytest.fixture
+def make(smollm2):
+    made = []
+
+    def load(**config):
+        llm = Llama(smollm2, n_ctx=1536, sparse=SparseConfig(**{"budget": 256, **config}), n_threads=2, n_threads_batch=2, verbose=False)
+        made.append(llm)
+        return llm
+
+    yield load
+    for llm in made:
+        llm.close()
+
+
+def run(llm, tokens, n_context, n_steps):
+    llm.eval(tokens[:n_context])
+    for token in tokens[n_context : n_context + n_steps]:
+        llm.eval([token])
+    return logits_of(llm)
+
+
+def test_selection_beside_the_step_is_deterministic(make, code, monkeypatch):
+    monkeypatch.setattr(session, "OVERLAP_MIN", 0)
+    runs = []
+    for _ in range(2):
+        llm = make(calibrate="dense:24")
+        tokens = llm.tokenize(code.encode())
+        runs.append(run(llm, tokens, 1000, 60))
+        assert llm.session._worker is not None
+        assert llm.session.times.n_steps == 60
+    np.testing.assert_array_equal(*runs)
+
+
+def test_selection_beside_the_step_sees_the_step_before(make, code, monkeypatch):
+    """The sets of both ways differ by one step of scores, not more."""
+    sets = []
+    for least in (1 << 60, 0):
+        monkeypatch.setattr(session, "OVERLAP_MIN", least)
+        llm = make(calibrate="off")
+        tokens = llm.tokenize(code.encode())
+        run(llm, tokens, 1000, 9)
+        sets.append({(r, b) for r in range(llm.session.n_rows) for b in llm.session.blocks[r, : llm.session.n_listed[r]]})
+    common = len(sets[0] & sets[1]) / len(sets[0])
+    assert 0.85 < common <= 1
+
+
+def test_a_selection_that_fails_beside_the_step_is_an_error_and_the_session_goes_on(make, code, monkeypatch):
+    monkeypatch.setattr(session, "OVERLAP_MIN", 0)
+    llm = make(calibrate="off")
+    tokens = llm.tokenize(code.encode())
+    llm.eval(tokens[:1000])
+    healthy = llm.session.predictor
+
+    class Broken:
+        def predict(self, history, n_blocks):
+            raise ArithmeticError("no prediction")
+
+    n = 1000
+    with pytest.raises(ArithmeticError):
+        for i in range(20):
+            llm.eval([tokens[n]])
+            n += 1
+            if i == 2:
+                llm.session.predictor = Broken()
+    llm.session.predictor = healthy
+    assert llm.n_tokens == llm.session.n_tokens
+    for token in tokens[llm.n_tokens : llm.n_tokens + 20]:
+        llm.eval([token])
+
+
+def test_calibration_attends_to_everything_at_its_interval(make, code):
+    llm = make(calibrate="dense:5")
+    tokens = llm.tokenize(code.encode())
+    full = []
+    llm.session.on_selected = lambda position: full.append(bool((llm.session.n_listed == position // 16 + 1).all()))
+    run(llm, tokens, 1000, 20)
+    assert full == [i % 5 == 4 for i in range(20)]
+
+
+def test_auto_calibration_follows_context_and_budget():
+    assert SparseConfig(budget=512).calibrate_every(7680) == 15
+    assert SparseConfig(budget=512).calibrate_every(1000) == 8
+    assert SparseConfig(budget=2048).calibrate_every(131072) == 64
+    assert SparseConfig(calibrate="off").calibrate_every(7680) == 0
+
+
+def test_spread_keeps_the_total(make, code):
+    llm = make(budgets="spread", calibrate="off", budget=320)
+    tokens = llm.tokenize(code.encode())
+    run(llm, tokens, 1200, 1)
+    assert llm.session.n_listed.sum() == 20 * llm.session.n_rows
+    assert llm.session.n_listed.std() > 1
+
+
+def test_predictors_and_compression(make, code):
+    for config in ({"predictor": "window"}, {"predictor": "last"}, {"predictor": "oracle"}, {"compression": 4.0}):
+        llm = make(calibrate="off", **config)
+        tokens = llm.tokenize(code.encode())
+        run(llm, tokens, 1000, 3)
+        mean = llm.session.n_listed.mean()
+        assert mean == (8 if config.get("predictor") == "window" else 15 if "compression" in config else 16)
