@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* patches/*) scripts/vendor.py
+SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* patches/* predictor_onnx/*) scripts/vendor.py
 
 .PHONY: demo test lint bench patches reference clean
 
@@ -17,7 +17,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/kvcast bench --model smollm2 --context 7680 --text runtime/kvcast/data/prose.txt --text tests/data/code.txt --text tests/data/log.txt \
-	    --compare last,window,oracle --json out/bench.json
+	    --compare ema,last,window,oracle --json out/bench.json
 
 # the patch queue, written anew from an edited vendor/llama.cpp
 patches:

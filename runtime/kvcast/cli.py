@@ -30,7 +30,7 @@ notes = Console(stderr=True)
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvcast models` or a path to a .gguf file.")]
 Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
-Predictor = Annotated[str, typer.Option(help="ema, last, window, onnx:NAME or oracle.")]
+Predictor = Annotated[str, typer.Option(help="auto, ema, last, window, onnx:NAME or oracle.")]
 Calibrate = Annotated[str, typer.Option(help="auto, dense:M or off.")]
 Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
 Hold = Annotated[int, typer.Option(help="Steps for which a selected set is kept.")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .native import BLOCK_TOKENS
 
-PREDICTORS = ("ema", "last", "window", "oracle")
+PREDICTORS = ("auto", "ema", "last", "window", "oracle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class SparseConfig:
     compression : float or None
         Instead of ``budget``: the budget is context / compression, renewed at each selection.
     predictor : str
-        ``ema`` (average of past block scores), ``last`` (scores of the last step), ``window`` (sink and window only),
+        ``auto`` (``onnx:stream`` where ONNX Runtime is installed, else ``ema``), ``ema`` (average of past block scores),
+        ``last`` (scores of the last step), ``window`` (sink and window only),
         ``onnx:NAME`` (a network of predictor_onnx, or a path to one), ``oracle`` (runs each step twice to see the true
         scores; for evaluation).
     sink, window : int
@@ -46,7 +47,7 @@ class SparseConfig:
 
     budget: int = 512
     compression: float | None = None
-    predictor: str = "ema"
+    predictor: str = "auto"
     sink: int = 64
     window: int = 64
     hold: int = 8

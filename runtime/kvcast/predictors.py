@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -53,8 +55,18 @@ class Learned:
         return self._network.predict(history.averages[:, :, :n_blocks])
 
 
+def default() -> str:
+    """What ``auto`` stands for: ``onnx:stream`` where ONNX Runtime is installed, else ``ema``, with a warning."""
+    if importlib.util.find_spec("onnxruntime") is not None:
+        return "onnx:stream"
+    warnings.warn("ONNX Runtime is not installed, so the predictor is 'ema'; kvcast[cpu] or kvcast[cuda] bring it", stacklevel=2)
+    return "ema"
+
+
 def make(name: str) -> Predictor:
     """The predictor of a SparseConfig's ``predictor``; ``oracle`` ranks the true scores that the session put last."""
+    if name == "auto":
+        name = default()
     if name.startswith("onnx:"):
         return Learned(name.removeprefix("onnx:"))
     return {"ema": Average(0.9), "last": Average(0.0), "oracle": Average(0.0), "window": Nothing()}[name]
