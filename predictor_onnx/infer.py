@@ -46,6 +46,7 @@ class OnnxPredictor:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores that wait belong to the model
         options.log_severity_level = 4
         errors = onnxruntime.capi.onnxruntime_pybind11_state
         try:

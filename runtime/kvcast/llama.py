@@ -205,7 +205,7 @@ class Llama(llama_cpp.Llama):
         if fn is None:
             attached.set_attention_callback(None)
             return
-        session, info = self.session, attached.info
+        session = self.session
 
         def call(_user, layer, pos, scores, n_taps, n_head_kv, stride) -> int:
             try:
@@ -224,7 +224,6 @@ class Llama(llama_cpp.Llama):
                 self._callback_error = error
                 return 1
 
-        assert info.n_layer > 0
         attached.set_attention_callback(call)
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from .history import DECAYS, History
 
@@ -49,7 +50,8 @@ class Learned:
     def __init__(self, name: str):
         from predictor_onnx.infer import OnnxPredictor, resolve
 
-        self._network = OnnxPredictor(resolve(name), len(DECAYS))
+        # a quarter of the cores: the others are the model's
+        self._network = OnnxPredictor(resolve(name), len(DECAYS), max(1, (psutil.cpu_count(logical=False) or 1) // 4))
 
     def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
         return self._network.predict(history.averages[:, :, :n_blocks])

@@ -111,14 +111,17 @@ class Session:
 
     def _warm_up(self) -> None:
         """Compile or load the kernels now, not in the first step."""
-        n = self.blocks.shape[1]
-        for budgets in ("uniform", "spread"):
-            few = slice(0, 2)
-            select(self.history.averages[few, 0], n, min(3, n), 1, 1, self.blocks[few], self.n_listed[few], self.shares[few], budgets)
-        count_changes(self.blocks[:0], self.n_listed[:0], self._mask[:0])
+        self._warm_up_selection()
         self.history.observe_listed(self.blocks[:0], self.n_listed[:0], self.scores[:0], self.shares[:0])
         self.history.observe_all(self.attached.history_scores, 0, 0)
         self.history.n_observed = 0
+
+    def _warm_up_selection(self) -> None:
+        """On a few rows of what this predictor yields: kernels are compiled for the layout of its array."""
+        n, few = self.blocks.shape[1], slice(0, 2)
+        scores = self.predictor.predict(self.history, n)[few]
+        select(scores, n, min(3, n), 1, 1, self.blocks[few], self.n_listed[few], self.shares[few], self.config.budgets)
+        count_changes(self.blocks[:0], self.n_listed[:0], self._mask[:0])
 
     def close(self) -> None:
         if self._worker is not None:
@@ -131,6 +134,7 @@ class Session:
         self.config = config
         self.frozen = frozen
         self.times = StepTimes()
+        self._warm_up_selection()
         self._drop_set()
         self._since_calibration = 0
         self._mask[:] = False
