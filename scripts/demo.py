@@ -53,9 +53,9 @@ def main() -> None:
 
     llm = Llama(path, n_ctx=n_ctx, sparse=config, verbose=False)
     session = llm.session
-    session.on_selected = recorder = Recorder(llm)
+    session.on_attended = recorder = Recorder(llm)
     said, conversation = answer(llm, document, options.question, options.tokens)
-    session.on_selected = None
+    session.on_attended = None
     figures, times = conversation.figures, session.times
     console.print(f"[bold]sparse, {options.budget} of {llm.n_tokens:,} tokens per head and layer[/bold]\n{said.strip()}\n", highlight=False)
 

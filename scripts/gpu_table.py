@@ -94,17 +94,16 @@ def main() -> None:
             llm.session.truncate(n_context)
         for budget in map(int, options.budgets.split(",")):
             config = SparseConfig(budget=budget)
-            every = config.calibrate_every(n_context)
             llm.session.configure(config)
-            tok_s = rounds(llm, n_context, max(48, every), options.rounds if every < 200 else 1)
+            tok_s = rounds(llm, n_context, 48, options.rounds)
             times = llm.session.times
-            row = {"attention_ms": times.attention_us / 1e3 / times.n_steps, "select_ms": times.ms(times.select + times.observe)}
+            row = {"attention_ms": times.attention_us / 1e3 / times.n_steps, "choose_ms": times.choose_us / 1e3 / times.n_steps,
+                   "select_ms": times.ms(times.predict + times.select + times.observe)}
             note(
                 context=n_context,
                 how=f"sparse {budget}",
                 tok_s=tok_s,
                 prefill_tok_s=prefill,
-                calibrate_every=every,
                 gpu_mib=gpu_memory_mib(),
                 **row,
             )

@@ -62,3 +62,25 @@ def select(scores, n_used, n_budget, n_sink, n_window, budgets="uniform"):
         best = sorted(middle, key=lambda b: (-row[b], b))[:n]
         lists.append(sink + sorted(best) + window)
     return lists
+
+
+def summary(keys, q_power, n_channels, n_probed, q):
+    """Estimated attention of one KV head's queries to complete blocks.
+
+    keys (n_blocks, 16, d) float, q_power (d,), q (group, d) scaled. Returns (n_blocks,): mean over the group of the sum of
+    exp(logit), and the log-sum-exp is the caller's to subtract: logits (group, n_blocks, 16) are returned instead.
+    """
+    n_blocks, _, d = keys.shape
+    sample = keys[np.arange(min(64, n_blocks)) * n_blocks // min(64, n_blocks)]
+    low, high = sample.min((0, 1)), sample.max((0, 1))
+    center, scale = (low + high) / 2, np.maximum(1.1 * (high - low) / 2 / 127, 1e-6)
+    spread = ((sample - sample.mean(1, keepdims=True)) ** 2).sum((0, 1))
+    kept = np.argsort(-spread * q_power)[:n_channels]
+    probed = kept[np.argsort(-np.abs(q).sum(0)[kept] * np.sqrt(spread)[kept])[:n_probed]]
+
+    def coded(x):
+        return center + scale * np.rint(np.clip((x - center) / scale, -127, 127))
+
+    rest = np.setdiff1d(np.arange(d), probed)
+    base = coded(keys.mean(1))[:, rest] @ q[:, rest].T  # (n_blocks, group)
+    return np.einsum("bjc,gc->gbj", coded(keys)[:, :, probed], q[:, probed]) + base.T[:, :, None]

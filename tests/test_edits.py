@@ -125,13 +125,16 @@ def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
     session = llm.session
     n = llm.n_tokens
 
-    def spoil(_position):
+    place = session._place_set
+
+    def spoil(n_used):
+        place(n_used)
         session.attached.blocks[3, 1, 0] = 31
 
-    session.on_selected = spoil
+    session._place_set = spoil
     with pytest.raises(GenerationError, match="layer 3, KV head 1"):
         llm.eval([tokens[301]])
-    session.on_selected = None
+    session._place_set = place
     assert llm.n_tokens == n
     llm.eval([tokens[301]])
     assert llm.n_tokens == n + 1

@@ -19,7 +19,7 @@ def how(request, monkeypatch):
         for module, name in (
             (selection, "_select"),
             (selection, "_spread"),
-            (selection, "count_changes"),
+            (selection, "_weigh"),
             (history, "_observe_listed"),
             (history, "_observe_all"),
         ):
@@ -52,16 +52,20 @@ def test_select(n_rows, n_used, n_budget, budgets, how):
 
 
 @pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
-def test_count_changes(n_rows, n_used, how):
-    rng = np.random.default_rng(5)
-    mask, before = np.zeros((n_rows, n_used), np.bool_), [set() for _ in range(n_rows)]
-    for _ in range(3):
-        rows = [np.sort(rng.choice(n_used, rng.integers(1, n_used + 1), replace=False)) for _ in range(n_rows)]
-        blocks, n_listed = np.zeros((n_rows, n_used), np.int32), np.array([len(r) for r in rows], np.int32)
-        for row, ids in zip(blocks, rows):
-            row[: len(ids)] = ids
-        assert selection.count_changes(blocks, n_listed, mask) == sum(len(set(r.tolist()) - b) for r, b in zip(rows, before))
-        before = [set(r.tolist()) for r in rows]
+@pytest.mark.parametrize("n_budget", [9, 12, 30, 200])
+@pytest.mark.parametrize("budgets", ["uniform", "spread"])
+def test_select_free(n_rows, n_used, n_budget, budgets, how):
+    scores = np.random.default_rng(7).random((n_rows, n_used + 7)).astype(np.float32) - 0.1
+    blocks, n_listed, n_free = np.zeros((n_rows, n_used + 9), np.int32), np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int32)
+    weights = np.full((n_rows, n_used), -1, np.float32)
+    begin, end = selection.select_free(scores, n_used, n_budget, 4, 4, blocks, n_listed, n_free, weights, budgets)
+    if n_budget >= n_used:
+        assert (begin, end) == (0, 0) and not n_free.any() and lists(blocks, n_listed) == [list(range(n_used))] * n_rows
+        return
+    assert lists(blocks, n_listed) == [[*range(4), *range(max(4, n_used - 4), n_used)]] * n_rows
+    assert n_free.tolist() == [len(e) - 8 for e in naive.select(np.abs(scores), n_used, n_budget, 4, 4, budgets)] or budgets == "spread"
+    assert n_free.sum() == n_rows * min(n_budget - 8, end - begin)
+    np.testing.assert_allclose(weights[:, begin:end], np.sqrt(np.maximum(scores[:, begin:end], 0) + 1e-6), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)

@@ -81,16 +81,25 @@ def test_calibration_attends_to_everything_at_its_interval(make, code):
     llm = make(calibrate="dense:5")
     tokens = llm.tokenize(code.encode())
     full = []
-    llm.session.on_selected = lambda position: full.append(bool((llm.session.n_listed == position // 16 + 1).all()))
+    llm.session.on_attended = lambda position: full.append(bool((llm.session.n_attended == position // 16 + 1).all()))
     run(llm, tokens, 1000, 20)
     assert full == [i % 5 == 4 for i in range(20)]
 
 
-def test_auto_calibration_follows_context_and_budget():
-    assert SparseConfig(budget=512).calibrate_every(7680) == 15
-    assert SparseConfig(budget=512).calibrate_every(1000) == 8
-    assert SparseConfig(budget=2048).calibrate_every(131072) == 64
-    assert SparseConfig(calibrate="off").calibrate_every(7680) == 0
+def test_host_calibration_takes_the_layers_in_turn(make, code):
+    llm = make(calibrate="host:5", budgets="uniform")
+    tokens = llm.tokenize(code.encode())
+    full = []
+
+    def note(position):
+        n = llm.session.n_attended.reshape(llm.session.attached.info.n_layer, -1)
+        full.append(set(np.flatnonzero((n == position // 16 + 1).all(1)).tolist()))
+        assert (np.delete(n, list(full[-1]), 0) <= 17).all()
+
+    llm.session.on_attended = note
+    run(llm, tokens, 1000, 20)
+    assert all(len(layers) == 6 for layers in full)
+    assert set().union(*full[:5]) == set(range(30))
 
 
 def test_spread_keeps_the_total(make, code):

@@ -168,6 +168,7 @@ def bench(
         "step_ms": {
             "total": times.ms(times.total),
             "attention": times.attention_us / 1e3 / times.n_steps,
+            "choose": times.choose_us / 1e3 / times.n_steps,
             "predict": times.ms(times.predict),
             "select": times.ms(times.select),
             "observe": times.ms(times.observe),

@@ -31,8 +31,10 @@ class SparseConfig:
     hold : int
         Steps for which a selected set is kept.
     calibrate : str
-        ``dense:M`` (one step in M attends to everything and so renews every score), ``auto`` (M = context / budget, at
-        least 8: these steps together read about as much as the others) or ``off``.
+        How blocks outside the set are seen. ``summary``: each step estimates the attention to every block from a summary
+        of the keys and its own query, and chooses by that and the prediction; costs host memory, 8 % of an f16 store.
+        ``dense:M``: one step in M attends to everything and so renews every score. ``host:M``: the same, one M-th of the
+        layers at each step. ``off``. ``auto`` is ``summary``.
     budgets : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
         (the same for all).
@@ -50,7 +52,7 @@ class SparseConfig:
     predictor: str = "auto"
     sink: int = 64
     window: int = 64
-    hold: int = 8
+    hold: int = 16
     calibrate: str = "auto"
     budgets: str = "spread"
     path: str = "auto"
@@ -76,8 +78,8 @@ class SparseConfig:
             raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
         if self.predictor not in PREDICTORS and not re.fullmatch("onnx:.+", self.predictor):
             raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
-        if self.calibrate not in ("auto", "off") and not re.fullmatch(r"dense:[1-9]\d*", self.calibrate):
-            raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'dense:M' with M >= 1, or 'off'")
+        if not re.fullmatch(r"auto|summary|off|(dense|host):[1-9]\d*", self.calibrate):
+            raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'summary', 'dense:M' or 'host:M' with M >= 1, or 'off'")
         if self.budgets not in ("spread", "uniform"):
             raise ValueError(f"budgets is {self.budgets!r}; use 'spread' or 'uniform'")
         if self.path not in ("auto", "host"):
@@ -90,10 +92,12 @@ class SparseConfig:
             tokens = max(self.sink + self.window + BLOCK_TOKENS, int(n_tokens / self.compression))
         return tokens // BLOCK_TOKENS
 
-    def calibrate_every(self, n_tokens: int) -> int:
-        """Steps from one calibration to the next at a context of ``n_tokens``; 0 when off."""
-        if self.calibrate == "off":
-            return 0
-        if self.calibrate == "auto":
-            return max(8, round(n_tokens / BLOCK_TOKENS / self.budget_blocks(n_tokens)))
-        return int(self.calibrate.split(":")[1])
+    @property
+    def summary(self) -> bool:
+        """Whether steps choose blocks themselves; the oracle has nothing to gain from it."""
+        return self.calibrate in ("auto", "summary") and self.predictor not in ("oracle", "window")
+
+    @property
+    def calibrate_every(self) -> int:
+        """M of ``dense:M`` and ``host:M``, else 0."""
+        return int(self.calibrate.partition(":")[2] or 0)

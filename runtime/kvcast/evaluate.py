@@ -32,27 +32,22 @@ class Recovery:
 
 
 class Recorder:
-    """Notes the set of every sparse step; set it as ``session.on_selected``."""
+    """Notes the set of every sparse step; set it as ``session.on_attended``."""
 
     def __init__(self, llm: Llama):
         self._session = llm.session
-        self._lists: list[tuple[np.ndarray, np.ndarray] | None] = []
+        self.lists: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __call__(self, _position: int) -> None:
         session = self._session
-        longest = int(session.n_listed.max())
-        self._lists.append(None if session.calibrating else (session.blocks[:, :longest].copy(), session.n_listed.copy()))
+        self.lists.append((session.blocks[:, : int(session.n_attended.max())].copy(), session.n_attended.copy()))
 
     @property
-    def masks(self) -> list[np.ndarray | None]:
-        """One per step: bool, shape (n_rows, n_blocks); None for a step over everything."""
-        masks: list[np.ndarray | None] = []
-        for step in self._lists:
-            if step is None:
-                masks.append(None)
-                continue
-            blocks, n_listed = step
-            rows, columns = np.nonzero(np.arange(blocks.shape[1]) < n_listed[:, None])
+    def masks(self) -> list[np.ndarray]:
+        """One per step: bool, shape (n_rows, n_blocks)."""
+        masks = []
+        for blocks, n_attended in self.lists:
+            rows, columns = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
             mask = np.zeros(self._session.blocks.shape, bool)
             mask[rows, blocks[rows, columns]] = True
             masks.append(mask)
@@ -88,20 +83,32 @@ def true_scores(llm: Llama, tokens: Sequence[int]) -> tuple[list[np.ndarray], np
     return found, np.stack(logits)
 
 
-def recovery_of(masks: Sequence[np.ndarray | None], truth: Sequence[np.ndarray], config: SparseConfig) -> tuple[float, float]:
-    """Recovery and middle recovery of the noted sets; steps over everything would flatter them and are left out."""
+def recovery_of(masks: Sequence[np.ndarray], truth: Sequence[np.ndarray], config: SparseConfig) -> tuple[float, float]:
+    """Recovery and middle recovery of the noted sets; rows that attended to everything would flatter them and are left out."""
     n_sink, n_window = config.sink // native.BLOCK_TOKENS, config.window // native.BLOCK_TOKENS
     total, middle_held, middle_all = [], 0.0, 0.0
     for mask, scores in zip(masks, truth, strict=True):
-        if mask is None:
-            continue
         n_used = scores.shape[1]
-        held = np.where(mask[:, :n_used], scores, 0)
+        sparse = ~mask[:, :n_used].all(1)
+        if not sparse.any():
+            continue
+        scores = scores[sparse]
+        held = np.where(mask[sparse, :n_used], scores, 0)
         total.append(held.sum(1).mean())
         middle = slice(n_sink, max(n_sink, n_used - n_window))
         middle_held += float(held[:, middle].sum())
         middle_all += float(scores[:, middle].sum())
     return float(np.mean(total or [1.0])), middle_held / middle_all if middle_all else 1.0
+
+
+def churn_of(masks: Sequence[np.ndarray]) -> float:
+    """Share of the set that is new at a step; steps over everything and those after them are left out."""
+    new, held = 0, 0
+    for before, now in zip(masks, masks[1:]):
+        if not (before.all() or now.all()) and now.sum() < 2 * before.sum() < 4 * now.sum():
+            new += int((now & ~before).sum())
+            held += int(now.sum())
+    return new / max(1, held)
 
 
 def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Sequence[str]) -> list[Recovery]:
@@ -131,24 +138,24 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Seque
     for name in predictors:
         now = replace(config, predictor=name)
         session.configure(now)
-        session.on_selected = recorder = Recorder(llm)
+        session.on_attended = recorder = Recorder(llm)
         logits = []
         try:
             for token in tokens[n_context:]:
                 llm.eval([token])
                 logits.append(next_logits(llm))
         finally:
-            session.on_selected = None
+            session.on_attended = None
         sparse = log_softmax(np.stack(logits))
         times = session.times
-        recovery, middle = recovery_of(recorder.masks, truth, now)
-        per_set = max(1, times.blocks_read - times.n_calibrations * times.blocks_dense // times.n_steps)
+        masks = recorder.masks
+        recovery, middle = recovery_of(masks, truth, now)
         results.append(
             Recovery(
                 predictor=name,
                 recovery=recovery,
                 middle_recovery=middle,
-                churn=times.n_changed / per_set,
+                churn=churn_of(masks),
                 estimated=times.share_sum / times.n_steps,
                 kl=float((np.exp(dense) * (dense - sparse)).sum(-1).mean()),
                 top1=float((dense.argmax(-1) == sparse.argmax(-1)).mean()),

@@ -214,7 +214,7 @@ class Llama(llama_cpp.Llama):
                 if session.in_sparse_step:
                     full = np.zeros((n_head_kv, n_used), np.float32)
                     for head in range(n_head_kv):
-                        n = attached.n_listed[layer, head]
+                        n = attached.n_listed[layer, head] + attached.n_free[layer, head]
                         full[head, attached.blocks[layer, head, :n]] = given[head, :n]
                 else:
                     full = given[:, :n_used].copy()

@@ -50,19 +50,19 @@ attention_callback = ctypes.CFUNCTYPE(
 
 
 class kvcast_params(ctypes.Structure):
-    _fields_ = [("max_taps", ctypes.c_int32), ("trace", ctypes.c_int32)]
+    _fields_ = [("max_taps", ctypes.c_int32), ("trace", ctypes.c_int32), ("summary", ctypes.c_int32)]
 
 
 class kvcast_info(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("n_layer", "n_head", "n_head_kv", "head_dim_k", "head_dim_v", "n_cells")),
         *((name, ctypes.c_int32) for name in ("n_blocks", "max_taps", "type_k", "type_v")),
-        *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes")),
+        *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes", "summary_bytes")),
     ]
 
 
 class kvcast_stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read", "choose_us")]
 
 
 # fmt: off
@@ -76,8 +76,22 @@ def kvcast_detach(kv, /): ...
 def kvcast_get_info(kv, /) -> kvcast_info: ...
 @ctypes_function("kvcast_set_mode", [kvcast_p, ctypes.c_int32], None)
 def kvcast_set_mode(kv, mode, /): ...
-@ctypes_function("kvcast_invalidate", [kvcast_p], None)
-def kvcast_invalidate(kv, /): ...
+@ctypes_function("kvcast_invalidate", [kvcast_p, ctypes.c_int32], None)
+def kvcast_invalidate(kv, first_cell, /): ...
+@ctypes_function("kvcast_n_free", [kvcast_p], c_int32_p)
+def kvcast_n_free(kv, /): ...
+@ctypes_function("kvcast_weights", [kvcast_p], c_float_p)
+def kvcast_weights(kv, /): ...
+@ctypes_function("kvcast_set_free_range", [kvcast_p, ctypes.c_int32, ctypes.c_int32], None)
+def kvcast_set_free_range(kv, begin, end, /): ...
+@ctypes_function("kvcast_set_turn", [kvcast_p, ctypes.c_int32, ctypes.c_int32], None)
+def kvcast_set_turn(kv, turn, n_turns, /): ...
+@ctypes_function("kvcast_prepare_summary", [kvcast_p], None)
+def kvcast_prepare_summary(kv, /): ...
+@ctypes_function("kvcast_estimates", [kvcast_p], c_float_p)
+def kvcast_estimates(kv, /): ...
+@ctypes_function("kvcast_shares", [kvcast_p], c_float_p)
+def kvcast_shares(kv, /): ...
 @ctypes_function("kvcast_abort", [kvcast_p], None)
 def kvcast_abort(kv, /): ...
 @ctypes_function("kvcast_clear_abort", [kvcast_p], None)
@@ -122,12 +136,23 @@ class Attached:
         Largest batch in history mode, tokens.
     trace : int
         ``TRACE_HEAD`` keeps q and the scores of every query head.
+    summary : bool
+        Keep a summary of the keys, so that steps can choose blocks by their own query.
 
     Attributes
     ----------
     blocks : int32, shape (n_layer, n_head_kv, n_blocks)
         Block lists of the next sparse steps; ids ascending, the first ``n_listed`` count.
     n_listed : int32, shape (n_layer, n_head_kv)
+    n_free : int32, shape (n_layer, n_head_kv)
+        Blocks that a step chooses itself and appends to the list (always 0 without a summary).
+    weights : float32, shape (n_layer, n_head_kv, n_blocks), or None
+        The step chooses by weight times estimated attention.
+    estimates : float32, shape (n_layer, n_head_kv, n_blocks), or None
+        Of the last sparse step: attention estimated from the summary, in units of what the first and the newest block got.
+    shares : float32, shape (n_layer, n_head_kv)
+        Share of the whole attention that the listed blocks hold: the selection's estimate, replaced by the step's own in
+        rows that choose.
     scores : float32, shape (n_layer, n_head_kv, n_blocks)
         Of the last sparse step, in list order, mean over the query heads of the group.
     history_scores : float32, shape (n_layer, max_taps, n_head_kv, n_blocks)
@@ -142,10 +167,10 @@ class Attached:
         The model or context cannot be served; the message says why.
     """
 
-    def __init__(self, ctx, max_taps: int = 64, trace: int = TRACE_NONE):
+    def __init__(self, ctx, max_taps: int = 64, trace: int = TRACE_NONE, summary: bool = False):
         self._kv = None
         error = ctypes.create_string_buffer(512)
-        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace), error, len(error))
+        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary)), error, len(error))
         if not kv:
             reason = error.value.decode()
             raise SparseUnsupported(f"sparse attention is not possible here: {reason}; run it dense with sparse=None (--dense)")
@@ -160,6 +185,10 @@ class Attached:
 
         self.blocks = view(kvcast_blocks(kv), (*rows, info.n_blocks))
         self.n_listed = view(kvcast_n_listed(kv), rows)
+        self.n_free = view(kvcast_n_free(kv), rows) if summary else np.zeros(rows, np.int32)
+        self.weights = view(kvcast_weights(kv), (*rows, info.n_blocks))
+        self.estimates = view(kvcast_estimates(kv), (*rows, info.n_blocks))
+        self.shares = view(kvcast_shares(kv), rows) if summary else np.ones(rows, np.float32)
         self.scores = view(kvcast_scores(kv), (*rows, info.n_blocks))
         self.history_scores = view(kvcast_history_scores(kv), (*taps, info.n_head_kv, info.n_blocks))
         self.lse = view(kvcast_lse(kv), (*taps, info.n_head))
@@ -174,8 +203,20 @@ class Attached:
     def set_mode(self, mode: int) -> None:
         kvcast_set_mode(self._kv, mode)
 
-    def invalidate(self) -> None:
-        kvcast_invalidate(self._kv)
+    def invalidate(self, first_cell: int = 0) -> None:
+        kvcast_invalidate(self._kv, first_cell)
+
+    def prepare_summary(self) -> None:
+        """Choose the channels that the summary keeps: before its first use, and when the content has changed much."""
+        kvcast_prepare_summary(self._kv)
+
+    def set_turn(self, turn: int, n_turns: int) -> None:
+        """Of every ``n_turns`` layers only number ``turn`` chooses in the next steps; the others keep what they chose last."""
+        kvcast_set_turn(self._kv, turn, n_turns)
+
+    def set_free_range(self, begin: int, end: int) -> None:
+        """The blocks that the next steps may choose from, all of them complete."""
+        kvcast_set_free_range(self._kv, begin, end)
 
     def abort(self) -> None:
         """Stop the running or next decode between two nodes. Safe from any thread and from a signal handler."""

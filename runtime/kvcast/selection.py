@@ -6,6 +6,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+FLOOR = np.float32(1e-6)  # weight of a block that history calls dead, squared
 SPREAD_FLOOR, SPREAD_CAP = 4, 8  # a row's critical blocks: from a quarter of the mean to eight times it
 
 
@@ -117,38 +118,77 @@ def select(
         Share of the (non-negative) scores that the listed blocks hold: the estimate of the step's recovery.
     """
     if n_budget >= n_used:
-        list_all(n_used, blocks, n_listed, shares)
+        list_all(n_used, blocks, n_listed)
+        shares[:] = 1.0
         return
     n_sink = min(n_sink, n_used)
     window_begin = max(n_sink, n_used - n_window)
     n_middle = window_begin - n_sink
     n_critical = min(n_budget - n_sink - n_window, n_middle)
-    keep = np.full(len(scores), n_critical, np.int64)
-    if budgets == "spread" and n_critical > 0:
-        floor, cap = n_critical // SPREAD_FLOOR, min(n_middle, n_critical * SPREAD_CAP)
-        _spread(scores, n_sink, window_begin, n_critical * len(scores), floor, cap, keep)
+    keep = _keep(scores, n_sink, window_begin, n_critical, budgets)
     _select(scores, n_sink, window_begin, n_used, keep, blocks, n_listed, shares)
 
 
-def list_all(n_used: int, blocks: npt.NDArray[np.int32], n_listed: npt.NDArray[np.int32], shares: npt.NDArray[np.float32]) -> None:
+@numba.njit(nogil=True, cache=True)
+def _weigh(scores, begin, end, weights):
+    for row in range(scores.shape[0]):
+        for b in range(begin, end):
+            weights[row, b] = np.sqrt(max(scores[row, b], np.float32(0)) + FLOOR)
+
+
+def select_free(
+    scores: npt.NDArray[np.float32],
+    n_used: int,
+    n_budget: int,
+    n_sink: int,
+    n_window: int,
+    blocks: npt.NDArray[np.int32],
+    n_listed: npt.NDArray[np.int32],
+    n_free: npt.NDArray[np.int32],
+    weights: npt.NDArray[np.float32],
+    budgets: str = "uniform",
+) -> tuple[int, int]:
+    """As ``select``, but list sink and window only: the steps choose the critical blocks, by their own queries.
+
+    Parameters
+    ----------
+    n_free : int32, shape (n_rows,), out
+        How many they choose.
+    weights : float32, shape (n_rows, >= n_used), out
+        The square root of the score, by which they multiply the attention that they estimate.
+
+    Returns
+    -------
+    begin, end : int
+        The blocks to choose from; both 0 when everything is listed.
+    """
+    if n_budget >= n_used:
+        list_all(n_used, blocks, n_listed)
+        n_free[:] = 0
+        return 0, 0
+    window_begin = max(n_sink, n_used - n_window)
+    n_critical = min(n_budget - n_sink - n_window, window_begin - n_sink)
+    ends = np.r_[0:n_sink, window_begin:n_used]
+    blocks[:, : len(ends)] = ends
+    n_listed[:] = len(ends)
+    n_free[:] = _keep(scores, n_sink, window_begin, n_critical, budgets)
+    _weigh(scores, n_sink, window_begin, weights)
+    return n_sink, window_begin
+
+
+def _keep(scores, begin, end, n_critical, budgets):
+    """int64, shape (n_rows,): critical blocks of each row."""
+    keep = np.full(len(scores), n_critical, np.int64)
+    if budgets == "spread" and n_critical > 0:
+        floor, cap = n_critical // SPREAD_FLOOR, min(end - begin, n_critical * SPREAD_CAP)
+        _spread(scores, begin, end, n_critical * len(scores), floor, cap, keep)
+    return keep
+
+
+def list_all(n_used: int, blocks: npt.NDArray[np.int32], n_listed: npt.NDArray[np.int32]) -> None:
     """Every block in use, for every row."""
     blocks[:, :n_used] = np.arange(n_used, dtype=np.int32)
     n_listed[:] = n_used
-    shares[:] = 1.0
-
-
-@numba.njit(nogil=True, cache=True)
-def count_changes(blocks, n_listed, mask):
-    """Blocks listed now and not in ``mask`` (bool, shape (n_rows, n_blocks)), which then holds what is listed now."""
-    n = 0
-    for row in range(blocks.shape[0]):
-        for i in range(n_listed[row]):
-            if not mask[row, blocks[row, i]]:
-                n += 1
-        mask[row, :] = False
-        for i in range(n_listed[row]):
-            mask[row, blocks[row, i]] = True
-    return n
 
 
 def append_block(block: int, blocks: npt.NDArray[np.int32], n_listed: npt.NDArray[np.int32]) -> None:

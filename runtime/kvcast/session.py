@@ -17,10 +17,11 @@ import numpy as np
 from . import native, predictors
 from .config import SparseConfig
 from .history import History
-from .selection import append_block, count_changes, list_all, select
+from .selection import append_block, list_all, select, select_free
 
 HISTORY_TOKENS = 64  # of a prompt, in history mode
 HISTORY_BYTES_MAX = 256 << 20  # of their scores, on the host
+TURNS = 1
 OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
 AttentionFn = Callable[[int, int, np.ndarray], None]
@@ -43,15 +44,38 @@ class StepTimes:
     observe: float = 0.0
     wait: float = 0.0  # for a selection that ran beside the step
     calibrate: float = 0.0  # whole duration of the calibrating steps
-    n_changed: int = 0  # blocks that a selection brought in
-    n_selected: int = 0  # blocks in those selections
     blocks_read: int = 0
     blocks_dense: int = 0  # that a dense step would have read
     share_sum: float = 0.0  # of the estimated recovery
     attention_us: int = 0
+    choose_us: int = 0
 
     def ms(self, seconds: float) -> float:
         return 1e3 * seconds / max(1, self.n_steps)
+
+
+@dataclass
+class Set:
+    """The lists of a step, and what it may choose itself; shapes as in ``selection``."""
+
+    blocks: np.ndarray
+    n_listed: np.ndarray
+    n_free: np.ndarray
+    shares: np.ndarray
+    weights: np.ndarray | None
+    free_range: tuple[int, int] = (0, 0)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        return self.blocks, self.n_listed, self.n_free, self.shares, self.weights
+
+    def copy(self, other: Set) -> None:
+        """Take over what ``other`` holds."""
+        longest = int(other.n_listed.max())
+        self.blocks[:, :longest] = other.blocks[:, :longest]
+        self.n_listed[:], self.n_free[:], self.shares[:], self.free_range = other.n_listed, other.n_free, other.shares, other.free_range
+        if self.weights is not None and other.weights is not None:
+            self.weights[:, : self.free_range[1]] = other.weights[:, : self.free_range[1]]
 
 
 @dataclass
@@ -83,13 +107,17 @@ class Session:
     times: StepTimes = field(default_factory=StepTimes)
 
     def __post_init__(self) -> None:
-        self.attached = native.Attached(self.ctx, n_taps_within(self.n_bytes_per_tap), self.trace)
+        self.attached = native.Attached(self.ctx, n_taps_within(self.n_bytes_per_tap), self.trace, self.config.summary)
         info = self.attached.info
         self.n_rows = info.n_layer * info.n_head_kv
         self.blocks = self.attached.blocks.reshape(self.n_rows, info.n_blocks)
         self.n_listed = self.attached.n_listed.reshape(self.n_rows)
         self.scores = self.attached.scores.reshape(self.n_rows, info.n_blocks)
-        self.shares = np.ones(self.n_rows, np.float32)
+        self.weights, self.estimates = (
+            None if x is None else x.reshape(self.n_rows, info.n_blocks) for x in (self.attached.weights, self.attached.estimates)
+        )
+        self.n_free = self.attached.n_free.reshape(self.n_rows)
+        self.shares = self.attached.shares.reshape(self.n_rows)
         self.history = History(info.n_layer, info.n_head_kv, info.n_blocks)
         self.predictor = predictors.make(self.config.predictor)
         self.frozen = False  # keep the lists, take no scores (the ceiling in benchmarks)
@@ -97,20 +125,22 @@ class Session:
         self._age: int | None = None  # steps since the last selection; None: select before the next step
         self._since_calibration = 0
         self._n_listed_blocks = 0  # blocks in use that the lists know of
-        self._mask = np.zeros((self.n_rows, info.n_blocks), np.bool_)  # the set selected last
+        self._n_summarised = 0  # tokens in the store when the summary's channels were chosen
         self.calibrating = False  # the running step attends to everything, to renew every score
         self.in_sparse_step = False  # which order the scores of the running step have
         self.on_progress: Callable[[int, int], None] | None = None  # prompt tokens done, in all
-        self.on_selected: Callable[[int], None] | None = None  # evaluation: called with the position before each step
+        self.on_primed: Callable[[np.ndarray], None] | None = None  # recording: scores (n_layer, n_tokens, n_head_kv, n_blocks)
+        self.on_attended: Callable[[int], None] | None = None  # evaluation: called with the position after each sparse step
 
         self._worker: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None  # the selection that runs beside this step
-        self._next: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # its blocks, n_listed, shares
+        self._next: Set | None = None  # what it makes
         self._next_n_used = 0  # blocks in use that it was made for; 0: there is none
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Compile or load the kernels now, not in the first step."""
+        self._set = Set(self.blocks, self.n_listed, self.n_free, self.shares, self.weights)
         self._warm_up_selection()
         self.history.observe_listed(self.blocks[:0], self.n_listed[:0], self.scores[:0], self.shares[:0])
         self.history.observe_all(self.attached.history_scores, 0, 0)
@@ -120,8 +150,10 @@ class Session:
         """On a few rows of what this predictor yields: kernels are compiled for the layout of its array."""
         n, few = self.blocks.shape[1], slice(0, 2)
         scores = self.predictor.predict(self.history, n)[few]
-        select(scores, n, min(3, n), 1, 1, self.blocks[few], self.n_listed[few], self.shares[few], self.config.budgets)
-        count_changes(self.blocks[:0], self.n_listed[:0], self._mask[:0])
+        some = Set(*(None if x is None else x[few] for x in self._set.arrays))
+        for summary in (False, self.config.summary):
+            self._fill(some, scores, n, min(3, n), 1, 1, summary)
+        self.n_listed[few] = self.n_free[few] = 0
 
     def close(self) -> None:
         if self._worker is not None:
@@ -130,6 +162,8 @@ class Session:
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
         """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
+        if config.summary and self.weights is None:
+            raise ValueError(f"calibrate={config.calibrate!r} needs a summary of the keys; load the model with it")
         self.predictor = predictors.make(config.predictor)
         self.config = config
         self.frozen = frozen
@@ -137,7 +171,6 @@ class Session:
         self._warm_up_selection()
         self._drop_set()
         self._since_calibration = 0
-        self._mask[:] = False
 
     # ---- edits
 
@@ -146,7 +179,8 @@ class Session:
         self.history.truncate(n_tokens)
         self.n_tokens = n_tokens
         self._drop_set()
-        self.attached.invalidate()
+        self.attached.invalidate(n_tokens)
+        self._n_summarised = min(self._n_summarised, n_tokens)
 
     def forget(self) -> None:
         """The store's content is unknown (a load): nothing that was known holds."""
@@ -165,9 +199,14 @@ class Session:
             part = tokens[i : i + n_taps]
             self._decode(native.HISTORY, part, decode)
             self.history.observe_all(self.attached.history_scores, len(part), self._n_blocks())
+            if self.on_primed is not None:
+                self.on_primed(self.attached.history_scores[:, : len(part)])
             self._report(i + n_taps, len(tokens))
         self._drop_set()
         self._since_calibration = 0  # the last tokens were dense: every score is new
+        if self.config.summary and self.n_tokens >= 2 * self._n_summarised:
+            self.attached.prepare_summary()
+            self._n_summarised = self.n_tokens
 
     def _report(self, n_done: int, n_tokens: int) -> None:
         if self.on_progress is not None:
@@ -177,56 +216,68 @@ class Session:
         """Run one token over the selected blocks."""
         begin = time.perf_counter()
         times = self.times
-        config = self.config
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
-        every = config.calibrate_every(self.n_tokens)
-        due = not self.frozen and bool(every) and self._since_calibration + 1 >= every
-        self.calibrating = due and config.budget_blocks(self.n_tokens) < n_used
+        self._since_calibration += 1
+        saved = None
+        self.calibrating = False
+        if not self.frozen and self.config.calibrate_every and self.config.budget_blocks(self.n_tokens) < n_used:
+            every = self.config.calibrate_every
+            if self.config.calibrate.startswith("host"):
+                self._place_set(n_used)
+                saved = self._widen(n_used, self._since_calibration % every, every)
+            else:
+                self.calibrating = self._since_calibration >= every
         if self.calibrating:
-            list_all(n_used, self.blocks, self.n_listed, self.shares)
+            list_all(n_used, self.blocks, self.n_listed)
+            self.n_free[:] = 0
+            self.shares[:] = 1.0
             self._since_calibration = 0
             self._drop_set()
-        else:
-            self._since_calibration += 1
-            if self._age is None or (self._age >= config.hold and not self.frozen):
-                self._take_set(n_used)
-                self._age = 0
-            elif n_used > self._n_listed_blocks:
-                append_block(n_used - 1, self.blocks, self.n_listed)
-            self._age += 1
-            if self._age == config.hold and not self.frozen and self.n_rows * n_used >= OVERLAP_MIN:
-                self._select_beside()
+        elif saved is None:
+            self._place_set(n_used)
         self._n_listed_blocks = n_used
-        if self.on_selected is not None:
-            self.on_selected(self.n_tokens)
 
-        attention_us = self.attached.stats.attention_us
-        read = int(self.n_listed.sum())
+        before = self.attached.stats
+        self.n_attended = self.n_listed + self.n_free
+        position = self.n_tokens
         try:
             self._decode(native.SPARSE, [token], decode)
         finally:
             self._wait()  # before the scores it reads are renewed
+            if saved is not None and self._age is None:
+                saved = None  # the step failed and the set is gone
 
         observed = time.perf_counter()
         if not self.frozen:
-            self.history.observe_listed(self.blocks, self.n_listed, self.scores, self.shares)
+            self.history.observe_listed(self.blocks, self.n_attended, self.scores, self.shares)
+        after = self.attached.stats
         end = time.perf_counter()
         times.n_steps += 1
         times.observe += end - observed
         times.total += end - begin
-        times.blocks_read += read
+        times.blocks_read += int(self.n_attended.sum())
         times.blocks_dense += n_used * self.n_rows
         times.share_sum += float(self.shares.mean())
-        times.attention_us += self.attached.stats.attention_us - attention_us
+        times.attention_us += after.attention_us - before.attention_us
+        times.choose_us += after.choose_us - before.choose_us
         if self.calibrating:
             times.n_calibrations += 1
             times.calibrate += end - begin
+        if self.on_attended is not None:
+            self.on_attended(position)
+        if saved is not None:
+            self._restore(saved)
 
     def observe_truth(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""
         self._decode(native.HISTORY, [token], decode)
         self.history.observe_all(self.attached.history_scores, 1, self._n_blocks())
         self._age = None
+
+    @property
+    def free_range(self) -> tuple[int, int]:
+        """The blocks that the current set lets steps choose from; (0, 0): none."""
+        return self._set.free_range
 
     # ---- inside
 
@@ -243,6 +294,34 @@ class Session:
                 self.attached.set_mode(native.DENSE)
         self.n_tokens += len(tokens)
 
+    def _place_set(self, n_used: int) -> None:
+        """The lists of this step: a new set when the last one was held long enough, else that one and the newest block."""
+        all_choose = False
+        if self._age is None or (self._age >= self.config.hold and not self.frozen):
+            self._take_set(n_used)
+            self._age = 0
+            all_choose = True
+        elif n_used > self._n_listed_blocks:
+            append_block(n_used - 1, self.blocks, self.n_listed)
+            all_choose = True
+        self.attached.set_turn(self.n_tokens, 1 if all_choose else TURNS)
+        self._age += 1
+        if self._age == self.config.hold and not self.frozen and self.n_rows * n_used >= OVERLAP_MIN:
+            self._select_beside()
+
+    def _widen(self, n_used: int, turn: int, every: int) -> tuple[np.ndarray, ...]:
+        """Let one layer in ``every`` attend to everything; returns what ``_restore`` needs."""
+        layers = np.arange(self.attached.info.n_layer) % every == turn
+        rows = np.repeat(layers, self.attached.info.n_head_kv).nonzero()[0]
+        saved = rows, self.blocks[rows, :n_used].copy(), self.n_listed[rows].copy(), self.n_free[rows].copy(), self.shares[rows].copy()
+        self.blocks[rows, :n_used] = np.arange(n_used)
+        self.n_listed[rows], self.n_free[rows], self.shares[rows] = n_used, 0, 1.0
+        return saved
+
+    def _restore(self, saved: tuple[np.ndarray, ...]) -> None:
+        rows, blocks, self.n_listed[rows], self.n_free[rows], self.shares[rows] = saved
+        self.blocks[rows, : blocks.shape[1]] = blocks
+
     def _drop_set(self) -> None:
         """Select anew before the next step."""
         self._age = None
@@ -251,25 +330,20 @@ class Session:
     def _take_set(self, n_used: int) -> None:
         """Put the lists of a new set in place: what was selected beside the last step, or one selected now."""
         if self._next_n_used == n_used and self._next is not None:
-            blocks, n_listed, shares = self._next
-            longest = int(n_listed.max())
-            self.blocks[:, :longest] = blocks[:, :longest]
-            self.n_listed[:] = n_listed
-            self.shares[:] = shares
+            self._set.copy(self._next)
         else:
-            self._select(n_used, self.blocks, self.n_listed, self.shares)
+            self._select(n_used, self._set)
+        self.attached.set_free_range(*self._set.free_range)
         self._next_n_used = 0
-        self.times.n_changed += count_changes(self.blocks, self.n_listed, self._mask)
-        self.times.n_selected += int(self.n_listed.sum())
 
     def _select_beside(self) -> None:
         """Start selecting the next step's set while this one is computed, from the scores up to the step before."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-select")
-            self._next = (np.empty_like(self.blocks), np.empty_like(self.n_listed), np.empty_like(self.shares))
+            self._next = Set(*(None if x is None else np.empty_like(x) for x in self._set.arrays))
         assert self._next is not None
         n_used = (self.n_tokens + 1) // native.BLOCK_TOKENS + 1
-        self._pending = self._worker.submit(self._select, n_used, *self._next)
+        self._pending = self._worker.submit(self._select, n_used, self._next)
         self._next_n_used = n_used
 
     def _wait(self) -> None:
@@ -283,12 +357,23 @@ class Session:
                 raise
             self.times.wait += time.perf_counter() - begin
 
-    def _select(self, n_used: int, blocks: np.ndarray, n_listed: np.ndarray, shares: np.ndarray) -> None:
+    def _select(self, n_used: int, into: Set) -> None:
         config = self.config
         t0 = time.perf_counter()
         scores = self.predictor.predict(self.history, n_used)
         t1 = time.perf_counter()
         n_sink, n_window = config.sink // native.BLOCK_TOKENS, config.window // native.BLOCK_TOKENS
-        select(scores, n_used, config.budget_blocks(self.n_tokens), n_sink, n_window, blocks, n_listed, shares, config.budgets)
+        summary = config.summary and not self.frozen
+        self._fill(into, scores, n_used, config.budget_blocks(self.n_tokens), n_sink, n_window, summary)
         self.times.predict += t1 - t0
         self.times.select += time.perf_counter() - t1
+
+    def _fill(self, into: Set, scores: np.ndarray, n_used: int, n_budget: int, n_sink: int, n_window: int, summary: bool) -> None:
+        budgets = self.config.budgets
+        if summary:
+            into.free_range = select_free(
+                scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_free, into.weights, budgets
+            )
+        else:
+            select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, budgets)
+            into.n_free[:], into.free_range = 0, (0, 0)

@@ -12,33 +12,12 @@ using kvcast::task;
 
 namespace {
 
-rows head_rows(const ggml_tensor * t, int head) {
-    return {
-        (const char *) t->data + head*t->nb[1],
-        t->nb[2],
-        (int) t->ne[0],
-        t->type == GGML_TYPE_F16 ? nullptr : ggml_get_type_traits(t->type)->to_float,
-    };
-}
-
 float * thread_scratch(size_t n) {
     static thread_local std::vector<float> buffer;
     if (buffer.size() < n) {
         buffer.resize(n);
     }
     return buffer.data();
-}
-
-// queries [begin, end) of the group of a KV head, scaled: dst [(end - begin)*group][head_dim]
-void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst) {
-    for (int t = begin; t < end; ++t) {
-        for (int g = 0; g < group; ++g) {
-            const float * src = (const float *) ((const char *) q->data + t*q->nb[2] + (head*group + g)*q->nb[1]);
-            for (int64_t i = 0; i < q->ne[0]; ++i) {
-                *dst++ = src[i]*scale;
-            }
-        }
-    }
 }
 
 void keep_trace(const kvcast_context & kv, const ggml_tensor * q, int layer) {
@@ -61,8 +40,14 @@ void complete_head(kvcast_layer & layer, const ggml_tensor * q, int n_taps) {
     if (!kv.trace_q.empty()) {
         keep_trace(kv, q, layer.id);
     }
+    if (kv.summary && kv.mode == KVCAST_HISTORY) {
+        kv.note_queries(layer.id, q);
+    }
     const float * scores = kv.history_scores.data() + (size_t) layer.id*info.max_taps*info.n_head_kv*info.n_blocks;
     if (kv.mode == KVCAST_SPARSE) {
+        if (kv.summary) {
+            kv.estimate_shares(layer.id);
+        }
         kv.stats.attention_us += ggml_time_us() - layer.begin_us;
         scores = kv.scores.data() + (size_t) layer.id*info.n_head_kv*info.n_blocks;
     }
@@ -78,7 +63,7 @@ void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
     auto & kv = *layer.kv;
     const auto & info = kv.info;
     const int group = kv.group();
-    const int n     = kv.n_listed[(size_t) layer.id*info.n_head_kv + head];
+    const int n     = kv.n_attended((size_t) layer.id*info.n_head_kv + head);
     const int dv    = info.head_dim_v;
 
     size_t first = 0;
@@ -152,13 +137,13 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
         const size_t n_work = (size_t) group*size*KVCAST_BLOCK + KVCAST_BLOCK*std::max(info.head_dim_k, info.head_dim_v);
         float * work    = thread_scratch(n_work + group*info.head_dim_k);
         float * queries = work + n_work;
-        pack_queries(q, part.head, group, 0, 1, layer.scale, queries);
+        kvcast::pack_queries(q, part.head, group, 0, 1, layer.scale, queries);
         int32_t q_pos[64];
         std::fill_n(q_pos, group, kv.q_pos[0]);
 
         task t = {};
-        t.k             = head_rows(dst->src[1], part.head);
-        t.v             = head_rows(dst->src[2], part.head);
+        t.k             = kvcast::head_rows(dst->src[1], part.head);
+        t.v             = kvcast::head_rows(dst->src[2], part.head);
         t.blocks        = &kv.blocks[((size_t) layer.id*info.n_head_kv + part.head)*info.n_blocks + part.begin];
         t.n_blocks      = size;
         t.cell_pos      = kv.cell_pos.data();
@@ -205,14 +190,14 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
         float * queries   = work + n_work;
         float * block_sum = queries + (size_t) n_q*info.head_dim_k;
         float * block_max = block_sum + (size_t) n_q*n;
-        pack_queries(q, part.head, group, part.begin, part.end, layer.scale, queries);
+        kvcast::pack_queries(q, part.head, group, part.begin, part.end, layer.scale, queries);
         std::vector<int32_t> q_pos(n_q);
         for (int i = 0; i < n_q; ++i) {
             q_pos[i] = kv.q_pos[part.begin + i/group];
         }
 
         task t = {};
-        t.k             = head_rows(dst->src[1], part.head);
+        t.k             = kvcast::head_rows(dst->src[1], part.head);
         t.blocks        = kv.all_blocks.data();
         t.n_blocks      = n;
         t.cell_pos      = kv.cell_pos.data();
@@ -297,9 +282,12 @@ ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cg
     }
     auto * layer = kv->layers[il].get();
     layer->scale = kq_scale;
-    ggml_tensor * args[] = {q, k, v};
+    ggml_tensor * args[] = {q, k, v, nullptr};
     if (mode == KVCAST_SPARSE) {
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);
+        if (kv->summary) {
+            args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, kvcast::op_choose, GGML_N_TASKS_MAX, layer);
+        }
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, args[3] ? 4 : 3, op_attend, GGML_N_TASKS_MAX, layer);
     }
     ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_score, GGML_N_TASKS_MAX, layer));
     return nullptr;

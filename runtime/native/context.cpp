@@ -130,14 +130,42 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         layer->id = il;
         layer->n_parts.resize(info.n_head_kv);
         layer->parts_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
+        layer->chunks_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
         kv->layers.push_back(std::move(layer));
     }
     kv->part_block_sum.resize((size_t) info.n_head_kv*group*info.n_blocks);
+
+    if (params.summary) {
+        kv->summary = std::make_unique<kvcast_summary>();
+        auto & s = *kv->summary;
+        const int dim = info.head_dim_k;
+        s.n_channels = std::min(std::max(8, dim/4), dim);
+        s.n_probed   = std::min({std::max(4, dim/8), dim, kvcast::MAX_CHANNELS});
+        s.n_blocks   = (info.n_blocks + 15)/16*16;
+        s.codes    .resize(rows*s.n_channels*s.n_blocks*KVCAST_BLOCK);
+        s.means    .resize(rows*dim*s.n_blocks);
+        s.channels .resize(rows*s.n_channels);
+        s.center   .resize(rows*dim);
+        s.scale    .resize(rows*dim);
+        s.spread   .resize(rows*dim);
+        s.q_power  .resize(rows*dim, 1.0f);
+        s.n_done   .resize(rows);
+        s.n_free   .resize(rows);
+        s.weights  .resize(rows*info.n_blocks, 1.0f);
+        s.estimates.resize(rows*info.n_blocks);
+        s.rest_to_chosen.resize(rows);
+        s.shares   .resize(rows, 1.0f);
+    }
 
     const auto bytes = [](const auto & v) { return (int64_t) (v.size()*sizeof(v[0])); };
     info.scratch_bytes = bytes(kv->blocks) + bytes(kv->n_listed) + bytes(kv->scores) + bytes(kv->history_scores) + bytes(kv->lse) +
         bytes(kv->trace_q) + bytes(kv->trace_scores) + bytes(kv->cell_pos) + bytes(kv->block_max_pos) + bytes(kv->all_blocks) +
         bytes(kv->part_block_sum);
+    if (kv->summary) {
+        const auto & s = *kv->summary;
+        info.summary_bytes = bytes(s.codes) + bytes(s.means) + bytes(s.weights) + bytes(s.estimates);
+        info.scratch_bytes += info.summary_bytes;
+    }
 
     ctx->set_abort_callback([](void * user) { return static_cast<kvcast_context *>(user)->abort.load(); }, kv.get());
     const_cast<llama_cparams &>(ctx->get_cparams()).kvcast = kv.get();
@@ -201,7 +229,7 @@ bool kvcast_context::check_lists(int32_t new_block) {
     for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
         const int32_t * list = &blocks[(size_t) row*info.n_blocks];
         const int n = n_listed[row];
-        bool good = n >= 1 && n <= info.n_blocks;
+        bool good = n >= 1 && n_attended(row) <= info.n_blocks;
         bool has_new = false;
         for (int i = 0; good && i < n; ++i) {
             good = list[i] >= 0 && list[i] < n_used_blocks && (i == 0 || list[i] > list[i - 1]);
@@ -213,6 +241,24 @@ bool kvcast_context::check_lists(int32_t new_block) {
             return false;
         }
     }
+    if (summary) {
+        const auto & s = *summary;
+        const int n_range = s.free_end - s.free_begin;
+        for (size_t row = 0; row < s.n_free.size(); ++row) {
+            if (s.n_free[row] == 0) {
+                continue;
+            }
+            int n_inside = 0;
+            for (int i = 0; i < n_listed[row]; ++i) {
+                n_inside += blocks[row*info.n_blocks + i] >= s.free_begin && blocks[row*info.n_blocks + i] < s.free_end;
+            }
+            if (s.free_begin < 0 || s.free_end >= n_used_blocks || s.n_free[row] < 0 || s.n_free[row] > n_range - n_inside) {
+                fail("layer " + std::to_string(row/info.n_head_kv) + ", KV head " + std::to_string(row % info.n_head_kv) + " cannot choose " +
+                    std::to_string(s.n_free[row]) + " blocks of [" + std::to_string(s.free_begin) + ", " + std::to_string(s.free_end) + ")");
+                return false;
+            }
+        }
+    }
     return true;
 }
 
@@ -221,9 +267,10 @@ void kvcast_context::plan_sparse() {
     const int n_threads = (int) ctx->n_threads();
     size_t n_parts_max = 0;
     for (auto & layer : layers) {
-        const int32_t * n = &n_listed[(size_t) layer->id*info.n_head_kv];
+        std::vector<int> n(info.n_head_kv);
         int total = 0;
         for (int h = 0; h < info.n_head_kv; ++h) {
+            n[h] = n_attended((size_t) layer->id*info.n_head_kv + h);
             total += n[h];
         }
         const int size = std::clamp(total/(4*n_threads), 4, 64);
@@ -280,8 +327,11 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
     for (auto & layer : layers) {
         layer->next = 0;
         layer->heads_done = 0;
+        layer->next_chunk = 0;
+        layer->heads_chosen = 0;
         for (int h = 0; h < info.n_head_kv; ++h) {
             layer->parts_done[h] = 0;
+            layer->chunks_done[h] = 0;
         }
     }
 }
@@ -292,7 +342,14 @@ kvcast_info  kvcast_get_info (const kvcast_context * kv) { return kv->info; }
 kvcast_stats kvcast_get_stats(const kvcast_context * kv) { return kv->stats; }
 void kvcast_reset_stats(kvcast_context * kv) { kv->stats = {}; }
 
-void kvcast_invalidate(kvcast_context * kv) { kv->known = false; }
+void kvcast_invalidate(kvcast_context * kv, int32_t first_cell) {
+    kv->known = false;
+    if (kv->summary) {
+        for (auto & n : kv->summary->n_done) {
+            n = std::min(n, first_cell/KVCAST_BLOCK);
+        }
+    }
+}
 void kvcast_abort(kvcast_context * kv) { kv->abort = true; }
 void kvcast_clear_abort(kvcast_context * kv) { kv->abort = false; kv->error.clear(); }
 const char * kvcast_last_error(const kvcast_context * kv) { return kv->error.c_str(); }

@@ -15,7 +15,39 @@ struct llama_ubatch;
 
 struct kvcast_context;
 
-// Userdata of one layer's graph node. Nodes run one after another, so everything but the counters is written by one thread.
+// Of the store's keys, what lets the attention to any block be estimated from a small part of the bytes: for every KV head
+// the `n_channels` channels that move the logits most, as 8-bit codes of every key, and the mean key of every block. A step
+// looks at the `n_probed` of them that its own query weighs most. After Double Sparsity (arXiv 2408.07092: channels chosen
+// offline) and SparQ (arXiv 2312.04985: by the query), with block means for the rest.
+// A code c of channel i stands for center[i] + scale[i]*c.
+struct kvcast_summary {
+    int n_channels = 0;
+    int n_probed   = 0;
+    int n_blocks   = 0; // of the cache, rounded up to what the kernels read at once
+
+    // per row (layer and KV head)
+    std::vector<int8_t>  codes;    // [row][n_channels][n_blocks*16]
+    std::vector<int8_t>  means;    // [row][n_blocks/16][head_dim][16]
+    std::vector<int32_t> channels; // [row][n_channels]
+    std::vector<float>   center;   // [row][head_dim]
+    std::vector<float>   scale;    // [row][head_dim]
+    std::vector<float>   spread;   // [row][head_dim] deviation of a key from the mean of its block
+    std::vector<float>   q_power;  // [row][head_dim] mean square of recent queries
+    std::vector<int>     n_done;   // [row] blocks summarised; 0: channels are not chosen either
+
+    // the step, written by the caller: see kvcast.h
+    std::vector<int32_t> n_free;
+    std::vector<float>   weights;
+    int free_begin = 0;
+    int free_end   = 0;
+    int turn       = 0;
+    int n_turns    = 1;
+    std::vector<float>   estimates; // [row][cache blocks]
+    std::vector<float>   rest_to_chosen; // [row] estimates of what is not attended to / of the chosen blocks
+    std::vector<float>   shares;    // [row]
+};
+
+// Userdata of one layer's graph nodes. Nodes run one after another, so everything but the counters is written by one thread.
 struct kvcast_layer {
     kvcast_context * kv = nullptr;
     int              id = 0; // layer of the model
@@ -34,6 +66,12 @@ struct kvcast_layer {
     std::unique_ptr<std::atomic<int>[]> parts_done;   // [n_head_kv]
     std::atomic<int>                    heads_done{0};
     int64_t                             begin_us = 0;
+
+    // choosing blocks: chunks of blocks of one KV head, chunk by chunk, head by head
+    std::atomic<int>                    next_chunk{0};
+    std::unique_ptr<std::atomic<int>[]> chunks_done;  // [n_head_kv]
+    std::atomic<int>                    heads_chosen{0};
+    int64_t                             choose_begin_us = 0;
 };
 
 struct kvcast_context {
@@ -69,6 +107,8 @@ struct kvcast_context {
     std::vector<float> part_out;
     std::vector<float> part_block_sum;   // [n_head_kv][group*n_blocks], a part's rows start at group*begin
 
+    std::unique_ptr<kvcast_summary> summary; // nullptr: none
+
     kvcast_attention_callback callback = nullptr;
     void *                    callback_user = nullptr;
 
@@ -81,6 +121,13 @@ struct kvcast_context {
     // before the graph runs; cells: indices of the cells that the tokens of the batch go to
     void begin_step(const llama_ubatch & ubatch, const int64_t * cells);
     void fail(const std::string & why);
+    // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
+    int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_free[row] : 0); }
+
+    // of a layer, before choosing: which channels to keep, from a sample of its keys and the recent queries
+    void prepare_summary(int layer);
+    void note_queries(int layer, const ggml_tensor * q);
+    void estimate_shares(int layer);
 
 private:
     void update_cells(const llama_ubatch & ubatch, const int64_t * cells);
@@ -88,3 +135,14 @@ private:
     void plan_sparse();
     void plan_history(int n_taps);
 };
+
+namespace kvcast {
+
+// K or V of one head, of a view of the cache [head_dim, n_head_kv, n_cells]
+rows head_rows(const ggml_tensor * t, int head);
+// queries [begin, end) of the group of a KV head, scaled: dst [(end - begin)*group][head_dim]
+void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst);
+// graph node: every KV head chooses its n_free blocks (summary.cpp)
+void op_choose(ggml_tensor * dst, int ith, int nth, void * userdata);
+
+} // namespace kvcast

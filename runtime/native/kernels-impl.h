@@ -91,6 +91,47 @@ typedef float vf;
 
 inline const vf & load(const float * p) { return *(const vf *) p; }
 
+// W codes as floats
+inline vf widen_codes(const int8_t * p) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+#elif defined(__AVX2__)
+    return (vf) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+#elif defined(__GNUC__)
+    return vf{(float) p[0], (float) p[1], (float) p[2], (float) p[3]};
+#else
+    return (float) *p;
+#endif
+}
+
+// 2^x, relative error below 2e-4; (nearly) zero far below, a large number far above
+inline vf exp2_rough(vf x) {
+#if defined(__AVX512F__)
+    x = (vf) _mm512_min_ps((__m512) x, _mm512_set1_ps(100.0f));
+    const __m512 n = _mm512_roundscale_ps((__m512) x, 0);
+#elif defined(__GNUC__)
+    typedef int32_t vi __attribute__((vector_size(4*W)));
+    const vf low = vf{} - 126.0f, high = vf{} + 100.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const vf shifted = x + 12582912.0f; // rounds to an integer in the low mantissa bits
+    const vf n = shifted - 12582912.0f;
+#else
+    return std::exp2(std::fmin(x, 100.0f));
+#endif
+#if defined(__GNUC__)
+    const vf r = x - (vf) n;
+    vf p = r*0.05550411f + 0.2422638f;
+    p = p*r + 0.6931472f;
+    p = p*r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf) _mm512_scalef_ps((__m512) p, n);
+#else
+    return p*(vf) (((vi) shifted << 23) + 0x3f800000);
+#endif
+#endif
+}
+
 // Rows as the kernels read them: 16 rows of one block, vector i of row j.
 struct f32_rows { // widened by to_float, or by widen_f16 where the machine has no conversion
     const float * data;
@@ -352,6 +393,69 @@ void score(const kvcast::task & t) {
             t.block_max[iq*t.n_blocks + ib] = m;
             t.block_sum[iq*t.n_blocks + ib] = m == -INFINITY ? 0.0f : exp16(l, m);
         }
+    }
+}
+
+// sums[j] += over queries and the cells of block b0 + j: 2^logit, in lanes; NC: channels, 0 when not known at compile time
+template <int NC>
+inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float * base, vf * sums) {
+    const int n_channels = NC ? NC : t.n_channels;
+    for (int j = 0; j < BLOCK; ++j) {
+        for (int v = 0; v < BLOCK/W; ++v) {
+            vf codes[NC ? NC : kvcast::MAX_CHANNELS];
+            for (int i = 0; i < n_channels; ++i) {
+                codes[i] = widen_codes(t.channels[i] + (size_t) (b0 + j)*BLOCK + v*W);
+            }
+            for (int q = 0; q < t.n_q; ++q) {
+                vf x[2] = {}; // two chains
+                x[0] += base[q*BLOCK + j];
+                for (int i = 0; i < n_channels; ++i) {
+                    x[i%2] += t.channel_q[q*n_channels + i]*codes[i];
+                }
+                sums[j] += exp2_rough(x[0] + x[1]);
+            }
+        }
+    }
+}
+
+void estimate(const kvcast::estimate_task & t) {
+    constexpr int V = BLOCK/W; // vectors in a block
+    float base[kvcast::MAX_GROUP*BLOCK]; // [n_q][16 blocks]: what the means say
+
+    for (int b0 = t.begin; b0 < t.end; b0 += BLOCK) {
+        const int8_t * means = t.means + (size_t) b0*t.dim;
+        for_query_runs(t.n_q, [&](auto count, int iq) {
+            vf acc[count][V];
+            for (int q = 0; q < count; ++q) {
+                for (int v = 0; v < V; ++v) {
+                    acc[q][v] = vf{} + t.offset[iq + q];
+                }
+            }
+            for (int i = 0; i < t.dim; ++i) {
+                for (int v = 0; v < V; ++v) {
+                    const vf codes = widen_codes(means + i*BLOCK + v*W);
+                    for (int q = 0; q < count; ++q) {
+                        acc[q][v] += t.mean_q[(iq + q)*t.dim + i]*codes;
+                    }
+                }
+            }
+            for (int q = 0; q < count; ++q) {
+                memcpy(base + (iq + q)*BLOCK, acc[q], sizeof(acc[q]));
+            }
+        });
+        vf sums[BLOCK] = {};
+        switch (t.n_channels) {
+            case  8: estimate_blocks< 8>(t, b0, base, sums); break;
+            case 16: estimate_blocks<16>(t, b0, base, sums); break;
+            default: estimate_blocks< 0>(t, b0, base, sums); break;
+        }
+        vf quads[BLOCK/R];
+        for (int j = 0; j < BLOCK/R; ++j) {
+            quads[j] = add_4(sums + R*j);
+        }
+        float totals[BLOCK];
+        store_sums(quads, totals);
+        memcpy(t.out + b0, totals, sizeof(float)*(t.end - b0 < BLOCK ? t.end - b0 : BLOCK));
     }
 }
 

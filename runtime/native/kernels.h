@@ -34,10 +34,29 @@ struct task {
     float         * block_max;     // score: [n_q][n_blocks]
 };
 
+// Attention of the queries of a group, estimated from the summaries of keys (summary.h): some channels of every key, the
+// other channels by the mean of the key's block.
+struct estimate_task {
+    const int8_t * const * channels;     // [n_channels] codes of one channel, one for each cell
+    const int8_t  * means;               // [blocks/16][dim][16] codes of the blocks' means
+    int             n_channels;          // at most MAX_CHANNELS
+    int             dim;
+    const float   * channel_q;           // [n_q][n_channels], times the scale of the codes
+    const float   * mean_q;              // [n_q][dim], likewise, 0 for the channels above
+    const float   * offset;              // [n_q] added to the logits
+    int             n_q;                 // at most MAX_GROUP
+    int             begin;               // blocks, a multiple of 16
+    int             end;                 // codes must be readable up to the next multiple of 16
+    float         * out;                 // [end], from begin on: sum over queries and cells of 2^logit
+};
+constexpr int MAX_CHANNELS = 64;
+constexpr int MAX_GROUP    = 64;
+
 struct kernels {
     const char * name;
-    void (* attend)(const task & t);
-    void (* score) (const task & t); // as attend without V; leaves max and sum alone
+    void (* attend)  (const task & t);
+    void (* score)   (const task & t); // as attend without V; leaves max and sum alone
+    void (* estimate)(const estimate_task & t);
 };
 
 // The best for this machine; KVCAST_KERNELS=avx512|avx2|generic forces one (tests).

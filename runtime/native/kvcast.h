@@ -37,6 +37,7 @@ typedef int (*kvcast_attention_callback)(void * user, int32_t layer, int32_t pos
 struct kvcast_params {
     int32_t max_taps;   // largest batch in history mode
     int32_t trace;      // enum kvcast_trace
+    int32_t summary;    // 1: keep a summary of the keys, so that a step can choose blocks by its own query
 };
 
 struct kvcast_info {
@@ -52,13 +53,15 @@ struct kvcast_info {
     int32_t type_v;
     int64_t k_row_bytes;   // bytes of K of one cell of one layer, all heads
     int64_t v_row_bytes;
-    int64_t scratch_bytes; // host memory held by kvcast itself
+    int64_t scratch_bytes; // host memory held by kvcast itself, summary included
+    int64_t summary_bytes;
 };
 
 struct kvcast_stats {
     int64_t n_steps;        // sparse steps since the last reset
     int64_t attention_us;   // time in the attention op of those steps, first thread in to last thread out
     int64_t blocks_read;    // blocks read by those steps, summed over layers and KV heads
+    int64_t choose_us;      // time in choosing blocks, likewise
 };
 
 LLAMA_API const char * kvcast_version(void);
@@ -71,8 +74,8 @@ LLAMA_API void kvcast_detach(struct kvcast_context * kv);
 LLAMA_API struct kvcast_info kvcast_get_info(const struct kvcast_context * kv);
 
 LLAMA_API void kvcast_set_mode(struct kvcast_context * kv, int32_t mode);
-// Tells that cells were edited other than by llama_decode() appending to them.
-LLAMA_API void kvcast_invalidate(struct kvcast_context * kv);
+// Tells that cells from first_cell on were edited other than by llama_decode() appending to them.
+LLAMA_API void kvcast_invalidate(struct kvcast_context * kv, int32_t first_cell);
 // Makes the running or the next llama_decode() stop between two nodes and return 2. Safe from any thread.
 LLAMA_API void kvcast_abort(struct kvcast_context * kv);
 LLAMA_API void kvcast_clear_abort(struct kvcast_context * kv);
@@ -84,6 +87,22 @@ LLAMA_API void kvcast_set_attention_callback(struct kvcast_context * kv, kvcast_
 // Block lists of the next sparse steps, written by the caller: ids ascending, the block of the new token included.
 LLAMA_API int32_t * kvcast_blocks  (struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
 LLAMA_API int32_t * kvcast_n_listed(struct kvcast_context * kv); // [n_layer][n_head_kv]
+
+// Blocks that the step itself chooses, only with params.summary: each row adds to its list, behind the listed ones, the
+// n_free blocks of [begin, end) that are not listed and have the largest weight * (attention estimated with the step's query).
+// The blocks of that range must be complete. NULL without a summary.
+LLAMA_API int32_t * kvcast_n_free (struct kvcast_context * kv); // [n_layer][n_head_kv]
+LLAMA_API float   * kvcast_weights(struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
+LLAMA_API void      kvcast_set_free_range(struct kvcast_context * kv, int32_t begin, int32_t end);
+// Of every n_turns layers, only number `turn` chooses in the next steps; the others attend to what they chose last. n_turns 1: all.
+LLAMA_API void      kvcast_set_turn(struct kvcast_context * kv, int32_t turn, int32_t n_turns);
+// Which channels the summary keeps, from the store and the queries of the last history batch; before its first use, and
+// again when the content has changed much. Costs a pass over 64 blocks of every layer; the keys themselves are summarised in the steps.
+LLAMA_API void      kvcast_prepare_summary(struct kvcast_context * kv);
+// Of the last sparse step, for rows that chose: the estimates of the range, in units of the attention that the first and the
+// newest block got; and the share of the whole attention that the step attended to, estimated.
+LLAMA_API const float * kvcast_estimates(const struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
+LLAMA_API float       * kvcast_shares   (struct kvcast_context * kv);       // [n_layer][n_head_kv]
 
 // Results of the last step.
 LLAMA_API const float * kvcast_scores        (const struct kvcast_context * kv); // sparse: [n_layer][n_head_kv][n_blocks], list order

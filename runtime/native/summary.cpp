@@ -1,0 +1,336 @@
+// Blocks chosen within the step, by the step's own query: the summary of the keys, and the graph node that reads it.
+#include "context.h"
+
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+constexpr float LOG2_E = 1.442695041f;
+constexpr int SAMPLE = 64; // blocks that the choice of channels looks at
+
+int8_t code_of(float x, float center, float scale) {
+    return (int8_t) std::lrintf(std::clamp((x - center)/scale, -127.0f, 127.0f));
+}
+
+void row_as_floats(const kvcast::rows & r, size_t cell, float * dst) {
+    const void * src = r.data + cell*r.row_bytes;
+    const auto to_float = r.to_float ? r.to_float : ggml_get_type_traits(GGML_TYPE_F16)->to_float;
+    to_float(src, dst, r.n);
+}
+
+void summarise_block(kvcast_summary & s, size_t row, const kvcast::rows & k, int block, float * keys) {
+    const int dim = k.n;
+    const float * center = &s.center[row*dim];
+    const float * scale  = &s.scale [row*dim];
+    std::vector<float> mean(dim);
+    for (int j = 0; j < KVCAST_BLOCK; ++j) {
+        row_as_floats(k, (size_t) block*KVCAST_BLOCK + j, keys + j*dim);
+        for (int i = 0; i < dim; ++i) {
+            mean[i] += keys[j*dim + i]/KVCAST_BLOCK;
+        }
+    }
+    for (int i = 0; i < dim; ++i) {
+        s.means[(row*s.n_blocks + block/16*16)*dim + i*16 + block%16] = code_of(mean[i], center[i], scale[i]);
+    }
+    for (int c = 0; c < s.n_channels; ++c) {
+        const int i = s.channels[row*s.n_channels + c];
+        int8_t * codes = &s.codes[((row*s.n_channels + c)*s.n_blocks + block)*KVCAST_BLOCK];
+        for (int j = 0; j < KVCAST_BLOCK; ++j) {
+            codes[j] = code_of(keys[j*dim + i], center[i], scale[i]);
+        }
+    }
+}
+
+// out [end]: the group's mean estimate for blocks [begin, end), in units of the reference
+void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::rows & k, int head, int begin, int end, float * out) {
+    const auto & kv = *layer.kv;
+    const auto & s  = *kv.summary;
+    const int dim   = kv.info.head_dim_k;
+    const int group = kv.group();
+    const size_t row = (size_t) layer.id*kv.info.n_head_kv + head;
+
+    std::vector<float> queries(group*dim);
+    kvcast::pack_queries(q, head, group, 0, 1, layer.scale, queries.data());
+
+    // logits of different tokens may lie hundreds apart (Qwen 2.5): measure from what is exactly known
+    const int32_t first_and_newest[2] = {0, kv.n_used_blocks - 1};
+    std::vector<float> work(KVCAST_BLOCK*(dim + group)), block_max(2*group), block_sum(2*group);
+    std::vector<int32_t> q_pos(group, kv.q_pos[0]);
+    kvcast::task ends = {};
+    ends.k             = k;
+    ends.blocks        = first_and_newest;
+    ends.n_blocks      = 2;
+    ends.cell_pos      = kv.cell_pos.data();
+    ends.block_max_pos = kv.block_max_pos.data();
+    ends.q             = queries.data();
+    ends.q_pos         = q_pos.data();
+    ends.n_q           = group;
+    ends.work          = work.data();
+    ends.block_sum     = block_sum.data();
+    ends.block_max     = block_max.data();
+    kv.kernels->score(ends);
+    std::vector<float> reference(group);
+    for (int g = 0; g < group; ++g) {
+        const float m = std::max(block_max[2*g], block_max[2*g + 1]);
+        reference[g] = m + std::log(block_sum[2*g]*std::exp(block_max[2*g] - m) + block_sum[2*g + 1]*std::exp(block_max[2*g + 1] - m));
+    }
+
+    // the channels to look at: where this query and the keys move most
+    std::vector<std::pair<float, int>> order(s.n_channels); // (importance, index among the kept channels)
+    for (int c = 0; c < s.n_channels; ++c) {
+        const int i = s.channels[row*s.n_channels + c];
+        float sum = 0;
+        for (int g = 0; g < group; ++g) {
+            sum += std::fabs(queries[g*dim + i]);
+        }
+        order[c] = {sum*s.spread[row*dim + i], c};
+    }
+    std::partial_sort(order.begin(), order.begin() + s.n_probed, order.end(), std::greater<>());
+
+    std::vector<const int8_t *> channels(s.n_probed);
+    std::vector<float> channel_q(group*s.n_probed), mean_q(group*dim), offset(group);
+    for (int g = 0; g < group; ++g) {
+        offset[g] = -LOG2_E*(reference[g] + std::log((float) group));
+        for (int i = 0; i < dim; ++i) {
+            const float x = LOG2_E*queries[g*dim + i];
+            mean_q[g*dim + i] = x*s.scale[row*dim + i];
+            offset[g] += x*s.center[row*dim + i];
+        }
+        for (int c = 0; c < s.n_probed; ++c) {
+            const int kept = order[c].second;
+            const int i    = s.channels[row*s.n_channels + kept];
+            channels[c] = &s.codes[(row*s.n_channels + kept)*s.n_blocks*KVCAST_BLOCK];
+            channel_q[g*s.n_probed + c] = mean_q[g*dim + i];
+            mean_q[g*dim + i] = 0;
+        }
+    }
+    kvcast::estimate_task t = {};
+    t.channels   = channels.data();
+    t.means      = &s.means[row*s.n_blocks*dim];
+    t.n_channels = s.n_probed;
+    t.dim        = dim;
+    t.channel_q  = channel_q.data();
+    t.mean_q     = mean_q.data();
+    t.offset     = offset.data();
+    t.n_q        = group;
+    t.begin      = begin;
+    t.end        = end;
+    t.out        = out;
+    kv.kernels->estimate(t);
+}
+
+// appends the best n_free blocks of the range to the list, ascending
+void choose(kvcast_context & kv, size_t row) {
+    auto & s = *kv.summary;
+    int32_t     * list     = &kv.blocks[row*kv.info.n_blocks];
+    const float * estimate = &s.estimates[row*kv.info.n_blocks];
+    const float * weight   = &s.weights  [row*kv.info.n_blocks];
+    const int n_listed = kv.n_listed[row];
+    const int n_free   = s.n_free[row];
+
+    static thread_local std::vector<float> value, sorted;
+    value.resize(s.free_end - s.free_begin);
+    float all = 0;
+    for (int b = s.free_begin; b < s.free_end; ++b) {
+        const float v = estimate[b]*weight[b];
+        value[b - s.free_begin] = v >= 0 ? v : 0; // nan too
+        all += estimate[b];
+    }
+    float rest = all, chosen = 0;
+    for (int i = 0; i < n_listed; ++i) {
+        if (list[i] >= s.free_begin && list[i] < s.free_end) {
+            value[list[i] - s.free_begin] = -1;
+            rest -= estimate[list[i]];
+        }
+    }
+    sorted = value;
+    std::nth_element(sorted.begin(), sorted.begin() + (n_free - 1), sorted.end(), std::greater<>());
+    const float threshold = sorted[n_free - 1];
+    int n_equal = n_free - (int) std::count_if(sorted.begin(), sorted.begin() + n_free, [&](float v) { return v > threshold; });
+    int n = n_listed;
+    for (int b = s.free_begin; b < s.free_end; ++b) {
+        const float v = value[b - s.free_begin];
+        if (v > threshold || (v == threshold && n_equal-- > 0)) {
+            list[n++] = b;
+            chosen += estimate[b];
+        }
+    }
+    s.rest_to_chosen[row] = chosen > 0 ? std::max(rest - chosen, 0.0f)/chosen : 0.0f;
+}
+
+} // namespace
+
+namespace kvcast {
+
+rows head_rows(const ggml_tensor * t, int head) {
+    return {
+        (const char *) t->data + head*t->nb[1],
+        t->nb[2],
+        (int) t->ne[0],
+        t->type == GGML_TYPE_F16 ? nullptr : ggml_get_type_traits(t->type)->to_float,
+    };
+}
+
+void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst) {
+    for (int t = begin; t < end; ++t) {
+        for (int g = 0; g < group; ++g) {
+            const float * src = (const float *) ((const char *) q->data + t*q->nb[2] + (head*group + g)*q->nb[1]);
+            for (int64_t i = 0; i < q->ne[0]; ++i) {
+                *dst++ = src[i]*scale;
+            }
+        }
+    }
+}
+
+void op_choose(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
+    auto & layer = *static_cast<kvcast_layer *>(userdata);
+    auto & kv    = *layer.kv;
+    auto & s     = *kv.summary;
+    const auto & info = kv.info;
+    // blocks of one head that one thread estimates at a time, a multiple of 16: some chunks for each thread, but not small ones
+    const int chunk = std::clamp(s.free_end*info.n_head_kv/(3*nth) + 15, 128, 1024)/16*16;
+    const int n_chunks = (s.free_end + chunk - 1)/chunk;
+    const size_t first = (size_t) layer.id*info.n_head_kv;
+
+    if (kv.abort || layer.id % s.n_turns != s.turn % s.n_turns ||
+            std::all_of(&s.n_free[first], &s.n_free[first] + info.n_head_kv, [](int n) { return n == 0; })) {
+        return;
+    }
+    while (true) {
+        const int p = layer.next_chunk.fetch_add(1, std::memory_order_relaxed);
+        if (p >= n_chunks*info.n_head_kv) {
+            return;
+        }
+        if (p == 0) {
+            layer.choose_begin_us = ggml_time_us();
+        }
+        const int head = p/n_chunks;
+        const size_t row = first + head;
+        const int begin = p%n_chunks*chunk;
+        const int end   = std::min(begin + chunk, s.free_end);
+
+        const rows k = head_rows(dst->src[1], head);
+        if (end > s.n_done[row]) {
+            std::vector<float> keys((size_t) KVCAST_BLOCK*k.n);
+            for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
+                summarise_block(s, row, k, b, keys.data());
+            }
+        }
+        estimate(layer, dst->src[0], k, head, begin, end, &s.estimates[row*info.n_blocks]);
+
+        if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
+            s.n_done[row] = std::max(s.n_done[row], s.free_end);
+            if (s.n_free[row] > 0) {
+                choose(kv, row);
+            }
+            if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == info.n_head_kv) {
+                kv.stats.choose_us += ggml_time_us() - layer.choose_begin_us;
+            }
+        }
+    }
+}
+
+} // namespace kvcast
+
+void kvcast_context::note_queries(int layer, const ggml_tensor * q) {
+    const int dim = info.head_dim_k;
+    std::vector<float> queries(group()*q->ne[2]*dim);
+    for (int head = 0; head < info.n_head_kv; ++head) {
+        kvcast::pack_queries(q, head, group(), 0, (int) q->ne[2], 1.0f, queries.data());
+        float * power = &summary->q_power[((size_t) layer*info.n_head_kv + head)*dim];
+        std::fill_n(power, dim, 0.0f);
+        for (size_t i = 0; i < queries.size(); ++i) {
+            power[i%dim] += queries[i]*queries[i];
+        }
+    }
+}
+
+void kvcast_context::estimate_shares(int layer) {
+    for (int head = 0; head < info.n_head_kv; ++head) {
+        const size_t row = (size_t) layer*info.n_head_kv + head;
+        if (summary->n_free[row] == 0) {
+            continue;
+        }
+        // the estimates are measured by what the chosen blocks then really got
+        const float * score = &scores[row*info.n_blocks];
+        float chosen = 0;
+        for (int i = n_listed[row]; i < n_attended(row); ++i) {
+            chosen += score[i];
+        }
+        summary->shares[row] = 1/(1 + chosen*summary->rest_to_chosen[row]);
+    }
+}
+
+void kvcast_context::prepare_summary(int layer) {
+    auto & s = *summary;
+    const int dim = info.head_dim_k;
+    const auto * k = cache->get_k_storage(layer);
+    const int n_blocks = (int) cache->get_cells(0).used_max_p1()/KVCAST_BLOCK;
+    const int n_sample = std::min(SAMPLE, n_blocks);
+
+    std::vector<float> keys((size_t) n_sample*KVCAST_BLOCK*dim);
+    for (int head = 0; head < info.n_head_kv; ++head) {
+        const size_t row = (size_t) layer*info.n_head_kv + head;
+        const kvcast::rows r = {
+            (const char *) k->data + head*ggml_row_size(k->type, dim), k->nb[1], dim,
+            k->type == GGML_TYPE_F16 ? nullptr : ggml_get_type_traits(k->type)->to_float,
+        };
+        for (int n = 0; n < n_sample*KVCAST_BLOCK; ++n) {
+            const size_t block = (size_t) (n/KVCAST_BLOCK)*n_blocks/n_sample;
+            row_as_floats(r, block*KVCAST_BLOCK + n%KVCAST_BLOCK, &keys[(size_t) n*dim]);
+        }
+        std::vector<std::pair<float, int>> order(dim);
+        for (int i = 0; i < dim; ++i) {
+            float low = INFINITY, high = -INFINITY, spread = 0;
+            for (int b = 0; b < n_sample; ++b) {
+                float sum = 0, square = 0;
+                for (int j = 0; j < KVCAST_BLOCK; ++j) {
+                    const float x = keys[((size_t) b*KVCAST_BLOCK + j)*dim + i];
+                    low  = std::fmin(low,  x);
+                    high = std::fmax(high, x);
+                    sum += x;
+                    square += x*x;
+                }
+                spread += std::fmax(square - sum*sum/KVCAST_BLOCK, 0.0f);
+            }
+            s.center[row*dim + i] = n_sample ? (low + high)/2 : 0.0f;
+            s.scale [row*dim + i] = n_sample ? std::fmax(1.1f*(high - low)/2/127, 1e-6f) : 1.0f;
+            s.spread[row*dim + i] = std::sqrt(spread);
+            order[i] = {spread*s.q_power[row*dim + i], i};
+        }
+        std::partial_sort(order.begin(), order.begin() + s.n_channels, order.end(), std::greater<>());
+        for (int c = 0; c < s.n_channels; ++c) {
+            s.channels[row*s.n_channels + c] = order[c].second;
+        }
+        s.n_done[row] = 0;
+    }
+}
+
+void kvcast_prepare_summary(kvcast_context * kv) {
+    for (int layer = 0; kv->summary && layer < kv->info.n_layer; ++layer) {
+        kv->prepare_summary(layer);
+    }
+}
+
+int32_t * kvcast_n_free(kvcast_context * kv) { return kv->summary ? kv->summary->n_free.data() : nullptr; }
+float * kvcast_weights(kvcast_context * kv) { return kv->summary ? kv->summary->weights.data() : nullptr; }
+const float * kvcast_estimates(const kvcast_context * kv) { return kv->summary ? kv->summary->estimates.data() : nullptr; }
+float * kvcast_shares(kvcast_context * kv) { return kv->summary ? kv->summary->shares.data() : nullptr; }
+
+void kvcast_set_free_range(kvcast_context * kv, int32_t begin, int32_t end) {
+    if (kv->summary) {
+        kv->summary->free_begin = begin;
+        kv->summary->free_end   = end;
+    }
+}
+
+void kvcast_set_turn(kvcast_context * kv, int32_t turn, int32_t n_turns) {
+    if (kv->summary) {
+        kv->summary->turn    = turn;
+        kv->summary->n_turns = std::max(1, n_turns);
+    }
+}
