@@ -1,7 +1,7 @@
-"""Training data: what the runtime observed at each selection, and what attention then did.
+"""Training data: documents to record, and samples from recordings (kvcast.trace).
 
 Documents are made from what every machine with Python has (sources and documentation of the standard library, tables),
-from the novel in scripts/, and from generated retrieval prompts, where attention jumps.
+from the novel in scripts/, and generated: logs, conversations, and retrieval prompts, where attention jumps.
 """
 
 from __future__ import annotations
@@ -13,54 +13,96 @@ import pydoc
 import random
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from kvcast import Llama
-from kvcast.evaluate import true_scores
+from kvcast.history import DECAYS
 from kvcast.native import BLOCK_TOKENS
+from kvcast.trace import Trace, decode
 
 SOURCES = ("argparse", "ast", "inspect", "typing", "subprocess", "tarfile", "unittest.mock", "pathlib")
 REFERENCES = ("os", "socket", "email.message", "logging")
+HELD_OUT = ("source:pathlib", "novel:2", "pairs:2", "needles:2", "chains:2", "table:entities", "log:1", "talk:1")
 HORIZON = 8  # steps whose mean is the target
 
-Sample = tuple[np.ndarray, np.ndarray]
+
+def document(name: str) -> str:
+    """A document of the corpus, the same on every machine with the same Python: ``source:MODULE``, ``reference:MODULE``,
+    ``novel:0`` to ``2``, ``table:unicode``, ``table:entities``, and for any number N ``pairs:N``, ``needles:N``, ``chains:N``,
+    ``log:N``, ``talk:N``.
+
+    Raises
+    ------
+    ValueError
+        There is no such document.
+    """
+    kind, _, which = name.partition(":")
+    generated = {"pairs": pairs, "needles": needles, "chains": chains, "log": log, "talk": talk}
+    try:
+        if kind in generated:
+            return generated[kind](int(which))
+        if kind == "source":
+            return inspect.getsource(importlib.import_module(which))
+        if kind == "reference":
+            return pydoc.plain(pydoc.render_doc(which))
+        if kind == "novel":
+            text = novel()
+            return text[int(which) * (len(text) // 3) :] + text[: int(which) * (len(text) // 3)]
+        return {"table:unicode": unicode_table, "table:entities": entity_table}[name]()
+    except (ValueError, KeyError, ImportError, TypeError, OSError) as error:
+        raise ValueError(f"the corpus has no document {name!r}; it has {', '.join(NAMES)}") from error
 
 
-def documents(prose: str) -> Iterator[tuple[str, str]]:
-    """Names and texts; the same on every machine with the same Python."""
-    for name in SOURCES:
-        yield f"source:{name}", inspect.getsource(importlib.import_module(name))
-    for name in REFERENCES:
-        yield f"reference:{name}", pydoc.plain(pydoc.render_doc(name))
-    third = len(prose) // 3
-    for i in range(3):
-        yield f"novel:{i}", (prose[i * third :] + prose)[: len(prose)]
-    yield "table:unicode", "".join(f"{c:5d} | {unicodedata.name(chr(c), '-'):50s} | {chr(c)}\n" for c in range(0x100, 0x600))
-    yield "table:entities", "".join(f"{k}\t{v!r}\t{ord(v[0])}\n" for k, v in sorted(html.entities.html5.items())[:900])
-    for seed in range(3):
-        yield f"pairs:{seed}", pairs(seed)
-        yield f"needles:{seed}", needles(seed, prose)
-        yield f"chains:{seed}", chains(seed)
+NAMES = (
+    *(f"source:{name}" for name in SOURCES),
+    *(f"reference:{name}" for name in REFERENCES),
+    *(f"novel:{i}" for i in range(3)),
+    "table:unicode",
+    "table:entities",
+    *(f"{kind}:{seed}" for seed in range(3) for kind in ("pairs", "needles", "chains")),
+    *(f"{kind}:{seed}" for seed in range(2) for kind in ("log", "talk")),
+)
 
 
-def pairs(seed: int) -> str:
+def novel() -> str:
+    """Jane Austen, Northanger Abbey, from a checkout's ``scripts``."""
+    path = Path(__file__).resolve().parent.parent / "scripts" / "demo.txt"
+    if not path.is_file():
+        raise ValueError(f"the corpus needs {str(path)!r}, which comes with a checkout of kvcast; give documents of your own with --text")
+    return path.read_text(encoding="utf-8")
+
+
+def unicode_table() -> str:
+    return "".join(f"{c:5d} | {unicodedata.name(chr(c), '-'):50s} | {chr(c)}\n" for c in range(0x100, 0x600))
+
+
+def entity_table() -> str:
+    return "".join(f"{k}\t{v!r}\t{ord(v[0])}\n" for k, v in sorted(html.entities.html5.items())[:900])
+
+
+def is_retrieval(name: str) -> bool:
+    """Whether the questions are at the end of the document, so that a shorter context must cut its beginning."""
+    return name.startswith(("pairs", "needles", "chains"))
+
+
+def pairs(seed: int, n: int = 70) -> str:
     """A JSON-like list of uuid to uuid, then questions answered by copying."""
     rng = random.Random(seed)
-    made = [(str(uuid.UUID(int=rng.getrandbits(128))), str(uuid.UUID(int=rng.getrandbits(128)))) for _ in range(70)]
+    made = [(str(uuid.UUID(int=rng.getrandbits(128))), str(uuid.UUID(int=rng.getrandbits(128)))) for _ in range(n)]
     text = "{\n" + "".join(f' "{k}": "{v}",\n' for k, v in made) + "}\n"
-    return text + "".join(f'The value of "{k}" is "{v}".\n' for k, v in rng.sample(made, 40))
+    return text + "".join(f'The value of "{k}" is "{v}".\n' for k, v in rng.sample(made, min(n, 40)))
 
 
-def needles(seed: int, prose: str) -> str:
+def needles(seed: int) -> str:
     """Numbers hidden in prose, then asked for."""
     rng = random.Random(seed)
     words = ["amber", "copper", "violet", "granite", "willow", "falcon", "harbor", "meadow", "lantern", "orchid"]
     facts = [(f"{w}-{rng.randrange(100)}", rng.randrange(10**6, 10**7)) for w in words]
-    sentences = prose.replace("\n", " ").split(". ")[: 220 + 10 * seed]
+    sentences = novel().replace("\n", " ").split(". ")[: 220 + 10 * seed]
     for word, number in facts:
         sentences.insert(rng.randrange(len(sentences)), f"The secret number of {word} is {number}")
     questions = [f"The secret number of {w} is {n}." for w, n in rng.sample(facts * 3, 30)]
@@ -84,67 +126,87 @@ def chains(seed: int) -> str:
     return "\n".join(lines)
 
 
-def record(llm: Llama, tokens: Sequence[int], n_context: int) -> list[Sample]:
-    """Run ``tokens[n_context:]`` through the live loop after a dense pass.
+def log(seed: int) -> str:
+    """A web server's log, with sessions that come back."""
+    rng = random.Random(seed)
+    users = [(f"10.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)}", f"{rng.getrandbits(48):012x}") for _ in range(40)]
+    paths = [f"/{a}/{b}" for a in ("api", "static", "docs") for b in ("items", "login", "search", "app.js", "intro.html", "cart")]
+    lines, second = [], 0
+    for _ in range(260):
+        second += rng.randrange(5)
+        address, session = rng.choice(users)
+        time = f"{second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}"
+        status, took = rng.choice([200, 200, 200, 304, 404, 500]), rng.randrange(3, 900)
+        lines.append(f"2024-05-17 {time} {address} session={session} GET {rng.choice(paths)} {status} {took}ms")
+    return "\n".join(lines)
 
-    Returns
-    -------
-    list of (averages, target)
-        One per selection. averages float16, shape (n_rows, 5, n_middle), times 1e3, as the loop saw them; target float16,
-        shape (n_rows, n_middle), times 1e3: mean true score of the next ``HORIZON`` steps. Middle: without sink and window.
+
+def talk(seed: int) -> str:
+    """A conversation: questions about functions, answered from their documentation, some asked again later."""
+    rng = random.Random(seed)
+    known = [(f"{m}.{n}", d) for m in ("itertools", "shutil", "statistics", "textwrap", "heapq", "random") for n, d in _documented(m)]
+    turns = rng.sample(known, min(45, len(known)))
+    turns += rng.sample(turns, 12)
+    return "\n".join(f"<|im_start|>user\nWhat does {n} do?<|im_end|>\n<|im_start|>assistant\n{d}<|im_end|>" for n, d in turns)
+
+
+def _documented(module: str) -> Iterator[tuple[str, str]]:
+    for name, member in sorted(vars(importlib.import_module(module)).items()):
+        text = inspect.getdoc(member) if callable(member) and not name.startswith("_") else None
+        if text and 80 < len(text) < 1500:
+            yield name, text
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was known before a step, and what came true; float32, only the blocks between sink and window.
+
+    averages (n_rows, 5, n_middle); target (n_rows, n_middle): mean true score of the next ``HORIZON`` steps; now and estimate
+    (n_rows, n_middle): true score of the next step, and the estimate from the summary of keys that the loop made in it.
     """
-    session = llm.session
-    config = session.config
-    n_sink, n_window = config.sink // BLOCK_TOKENS, config.window // BLOCK_TOKENS
-    llm.reset()
-    llm.eval(tokens[:n_context])
-    primed = session.history.averages.copy(), session.history.n_observed
-    truth, _ = true_scores(llm, tokens[n_context:])
-    llm.n_tokens = n_context
-    session.truncate(n_context)
-    session.history.averages[:], session.history.n_observed = primed
-    session.configure(replace(config, hold=HORIZON))
-    samples: list[Sample] = []
-    for i, token in enumerate(tokens[n_context:]):
-        future = truth[i : i + HORIZON]
-        if i % HORIZON == 0 and len(future) == HORIZON:
-            middle = slice(n_sink, (n_context + i) // BLOCK_TOKENS + 1 - n_window)
-            target = np.mean([t[:, middle] for t in future], 0)
-            samples.append(((session.history.averages[:, :, middle] * 1e3).astype(np.float16), (target * 1e3).astype(np.float16)))
-        llm.eval([token])
-    session.configure(config)
-    return samples
+
+    averages: npt.NDArray[np.float32]
+    target: npt.NDArray[np.float32]
+    now: npt.NDArray[np.float32]
+    estimate: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.float32] | None  # (n_rows, 64, n_blocks_used) for ``Paper``, sink and window included
+    middle: slice
 
 
-def collect(
-    make: Callable[[int], Llama], prose: str, contexts: Sequence[int], n_steps: int, say: Callable[[str], None]
-) -> dict[str, list[Sample]]:
-    """Record every document once, at contexts taken in turn; short documents at what they have."""
-    llm = make(max(contexts) + n_steps + 64)
-    found = {}
-    for i, (name, text) in enumerate(documents(prose)):
-        tokens = llm.tokenize(text.encode())
-        n_context = min(contexts[i % len(contexts)], len(tokens) - n_steps)
-        if name.startswith(("pairs", "needles", "chains")):  # the questions are at the end
-            tokens = tokens[-(n_context + n_steps) :]
-        if n_context < 1024:
-            continue
-        say(f"{name}: {n_context} tokens")
-        found[name] = record(llm, tokens[: n_context + n_steps], n_context)
-    llm.close()
+def samples(trace: Trace, every: int = 8, n_rows_kept: int = 0) -> list[Sample]:
+    """Roll the history over a recording as the runtime does; a sample every so many steps.
+
+    Parameters
+    ----------
+    n_rows_kept : int
+        Steps of raw scores for ``Paper``; 0 for none.
+    """
+    config, n_context = trace.about["config"], trace.about["n_context"]
+    decays = np.array(DECAYS, np.float32)[None, :, None]
+    truth = decode(trace.truth)
+    averages = np.zeros((truth.shape[1], len(DECAYS), truth.shape[2]), np.float32)
+    rows = list(truth[: trace.n_primed])
+    for row in rows:
+        averages = decays * averages + (1 - decays) * row[:, None]
+    found = []
+    steps = truth[trace.n_primed :]
+    for i in range(len(steps)):
+        if i % every == 0 and i + HORIZON <= len(steps):
+            n_used = (n_context + i) // BLOCK_TOKENS + 1
+            middle = slice(config["sink"] // BLOCK_TOKENS, n_used - config["window"] // BLOCK_TOKENS)
+            found.append(
+                Sample(
+                    averages[:, :, middle].copy(),
+                    steps[i : i + HORIZON, :, middle].mean(0),
+                    steps[i, :, middle],
+                    decode(trace.estimate[i, :, middle]),
+                    np.stack(rows[-n_rows_kept:], 1)[:, :, :n_used] if n_rows_kept else None,
+                    middle,
+                )
+            )
+        attended = trace.seen[i] != 0
+        seen = decode(trace.seen[i])
+        averages = np.where(attended[:, None], decays * averages + (1 - decays) * seen[:, None], averages)
+        if n_rows_kept:
+            rows = [*rows[-n_rows_kept:], np.where(attended, seen, rows[-1])]
     return found
-
-
-def save(path: Path, found: dict[str, list[Sample]]) -> None:
-    """Write to a compressed .npz, arrays named ``document|index|a`` and ``|t``."""
-    arrays = {f"{name}|{i}|{kind}": x for name, samples in found.items() for i, s in enumerate(samples) for kind, x in zip("at", s)}
-    np.savez_compressed(path, **arrays)
-
-
-def load(path: Path) -> dict[str, list[Sample]]:
-    with np.load(path) as file:
-        found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-        for key in file.files:
-            name, i, kind = key.rsplit("|", 2)
-            found.setdefault(name, {}).setdefault(int(i), {})[kind] = file[key]
-    return {name: [(s["a"], s["t"]) for _, s in sorted(samples.items())] for name, samples in found.items()}

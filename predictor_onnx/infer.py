@@ -1,30 +1,112 @@
-"""Run a predictor's network with ONNX Runtime: averages of block scores in, expected attention out."""
+"""Run a predictor's network with ONNX Runtime: what was seen of attention in, expected attention out. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from kvcast.history import History
+
 HERE = Path(__file__).resolve().parent
-INPUT, OUTPUT = "averages", "scores"
+OUTPUT = "scores"
+Floats = npt.NDArray[np.float32]
 
 
 class PredictorError(ValueError):
     """A predictor file is missing or cannot be used; the message is one sentence."""
 
 
-class OnnxPredictor:
-    """A network that maps averages of block scores to the attention each block is expected to get.
+class StreamPredictor:
+    """A network on the runtime's exponential averages: ``averages`` (n_rows, n_averages, n_blocks) to ``scores`` (n_rows, n_blocks)."""
+
+    inputs = ("averages",)
+    n_steps_kept = 0
+    state_bytes_per_block = 20
+
+    def __init__(self, session: Any, name: str):
+        self._session = session
+        n_wanted = session.get_inputs()[0].shape[1]
+        n_given = 5
+        if isinstance(n_wanted, int) and n_wanted != n_given:
+            raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
+        check(self.run(np.full((2, n_given, 33), 0.01, np.float32)), (2, 33), name)
+
+    def predict(self, history: History, n_blocks: int) -> Floats:
+        return self.run(np.ascontiguousarray(history.averages[:, :, :n_blocks]))
+
+    def run(self, averages: Floats) -> Floats:
+        return self._session.run([OUTPUT], {"averages": averages})[0]
+
+
+class PaperPredictor:
+    """The published network over the last 64 steps, computed exactly from the steps that are new since the last prediction.
+
+    Its second convolution is followed by a mean over time. A step of its output is the same wherever the window of 64
+    begins or ends, but for the two steps at either end, which see the zero padding. So the sum over the inner steps is kept
+    (``inner``, (n_rows, 32, n_blocks)): m new steps add m rows, computed from the m + 4 newest; m rows leave, from the m + 4
+    oldest of the window before; the ends are computed from 4 rows each. For m = 1: stacks of 5, 5 and 4 rows instead of 64.
+    """
+
+    inputs = ("newest", "leaving", "oldest", "inner", "n_steps")
+    n_steps = 64
+    most_new = 24  # from here on the whole window is cheaper
+    n_steps_kept = n_steps + most_new
+    state_bytes_per_block = 4 * (n_steps_kept + 32)
+    width = 64  # blocks are taken in multiples of this, so that the right edge seldom moves
+
+    def __init__(self, session: Any, name: str):
+        self._session = session
+        self._inner: Floats | None = None
+        self._n_seen, self._epoch = 0, -1
+        check(self.run(np.full((9, 2, 33), 0.01, np.float32), 9), (2, 33), name)
+        self._inner = None
+
+    def predict(self, history: History, n_blocks: int) -> Floats:
+        if history.epoch != self._epoch:
+            self._inner, self._epoch = None, history.epoch
+        n = min(-(-n_blocks // self.width) * self.width, history.averages.shape[2])
+        return self.run(history.last_rows(self.n_steps_kept)[:, :, :n], history.n_observed)
+
+    def run(self, rows: Floats, n_seen: int) -> Floats:
+        """``rows`` (n_steps, n_rows, n_blocks), oldest first, of which the last is step number ``n_seen``."""
+        if len(rows) < 4:
+            rows = np.concatenate([np.repeat(rows[:1], 4 - len(rows), 0), rows])
+        n_new = n_seen - self._n_seen
+        inner = self._inner
+        if inner is not None and inner.shape[2] == rows.shape[2] and n_new == 0:
+            newest = rows[-4:]
+            leaving = rows[-4:]
+        elif inner is None or inner.shape[2] != rows.shape[2] or n_new > self.most_new or len(rows) < self.n_steps + n_new:
+            inner = np.zeros((rows.shape[1], 32, rows.shape[2]), np.float32)
+            newest, leaving = rows[-self.n_steps :], rows[:4]
+        else:
+            newest = rows[-n_new - 4 :]
+            leaving = rows[-self.n_steps - n_new :][: n_new + 4]
+        window = rows[-self.n_steps :]
+        stacks = {"newest": newest, "leaving": leaving, "oldest": window[:4]}
+        given: dict[str, Any] = {name: np.ascontiguousarray(x.transpose(1, 0, 2)) for name, x in stacks.items()}
+        scores, inner = self._session.run([OUTPUT, "new_inner"], {**given, "inner": inner, "n_steps": np.array(len(window), np.float32)})
+        if len(window) == self.n_steps:  # a shorter window grows at its end only
+            self._inner, self._n_seen = inner, n_seen
+        return scores
+
+
+def check(probe: Floats, shape: tuple[int, int], name: str) -> None:
+    if probe.shape != shape or not np.isfinite(probe).all():
+        raise PredictorError(f"predictor {name!r} yields values that are not numbers; its weights are damaged, export it again")
+
+
+def open_predictor(path: Path, n_threads: int = 1) -> StreamPredictor | PaperPredictor:
+    """Load a network; its inputs say which kind it is.
 
     Parameters
     ----------
     path : Path
-        An ONNX file with one float32 input ``averages`` (n_rows, n_averages, n_blocks) and one float32 output ``scores``
-        (n_rows, n_blocks).
-    n_averages : int
-        Averages per block that the runtime keeps.
+        An ONNX file with float32 inputs as in ``StreamPredictor`` or ``PaperPredictor``.
     n_threads : int
         Of ONNX Runtime; 1 leaves the other cores to the model.
 
@@ -33,51 +115,42 @@ class OnnxPredictor:
     PredictorError
         ONNX Runtime is not installed, or the file is missing, not ONNX, of another shape, or yields NaN.
     """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise PredictorError(
+            "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA (kvcast[cpu] or kvcast[cuda])"
+        ) from None
+    if not path.is_file():
+        raise PredictorError(f"there is no predictor {str(path)!r}; those that come with kvcast: {', '.join(shipped())}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores that wait belong to the model
+    options.log_severity_level = 4
+    errors = onnxruntime.capi.onnxruntime_pybind11_state
+    unusable = (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument, RuntimeError)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except unusable as error:
+        raise PredictorError(
+            f"predictor {path.name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'"
+        ) from error
+    given = tuple(i.name for i in session.get_inputs())
+    for kind in (StreamPredictor, PaperPredictor):
+        if given == kind.inputs and OUTPUT in [o.name for o in session.get_outputs()]:
+            try:
+                return kind(session, path.name)
+            except unusable as error:
+                raise PredictorError(
+                    f"predictor {path.name!r} cannot be run ({reason(error)}); export it again or use predictor='ema'"
+                ) from error
+    wanted = " or ".join(str(kind.inputs) for kind in (StreamPredictor, PaperPredictor))
+    raise PredictorError(f"predictor {path.name!r} takes {given}; kvcast gives {wanted}; export it again or use predictor='ema'")
 
-    def __init__(self, path: Path, n_averages: int, n_threads: int = 1):
-        try:
-            import onnxruntime
-        except ImportError:
-            raise PredictorError(
-                "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA (kvcast[cpu] or kvcast[cuda])"
-            ) from None
-        if not path.is_file():
-            raise PredictorError(f"there is no predictor {str(path)!r}; those that come with kvcast: {', '.join(shipped())}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = n_threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores that wait belong to the model
-        options.log_severity_level = 4
-        errors = onnxruntime.capi.onnxruntime_pybind11_state
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except (
-            errors.Fail,
-            errors.InvalidProtobuf,
-            errors.InvalidGraph,
-            errors.NotImplemented,
-            errors.InvalidArgument,
-            RuntimeError,
-        ) as error:
-            reason = str(error).splitlines()[0][:160]
-            raise PredictorError(f"predictor {path.name!r} cannot be loaded ({reason}); export it again or use predictor='ema'") from error
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        shape = inputs[0].shape if len(inputs) == 1 else None
-        if [i.name for i in inputs] != [INPUT] or [o.name for o in outputs] != [OUTPUT] or shape is None or len(shape) != 3:
-            names = ", ".join(f"{i.name} {i.shape}" for i in inputs)
-            raise PredictorError(f"predictor {path.name!r} takes {names}; kvcast gives one input '{INPUT}' (rows, {n_averages}, blocks)")
-        if isinstance(shape[1], int) and shape[1] != n_averages:
-            raise PredictorError(f"predictor {path.name!r} wants {shape[1]} averages per block; this runtime keeps {n_averages}")
-        probe = self._run(np.full((2, n_averages, 33), 0.01, np.float32))
-        if probe.shape != (2, 33) or not np.isfinite(probe).all():
-            raise PredictorError(f"predictor {path.name!r} yields values that are not numbers; its weights are damaged, export it again")
 
-    def predict(self, averages: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """averages : float32, shape (n_rows, n_averages, n_blocks); returns float32, shape (n_rows, n_blocks)."""
-        return self._run(np.ascontiguousarray(averages))
-
-    def _run(self, averages: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return self._session.run([OUTPUT], {INPUT: averages})[0]
+def reason(error: BaseException) -> str:
+    return str(error).splitlines()[0][:160]
 
 
 def shipped() -> list[str]:

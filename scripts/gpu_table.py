@@ -97,8 +97,11 @@ def main() -> None:
             llm.session.configure(config)
             tok_s = rounds(llm, n_context, 48, options.rounds)
             times = llm.session.times
-            row = {"attention_ms": times.attention_us / 1e3 / times.n_steps, "choose_ms": times.choose_us / 1e3 / times.n_steps,
-                   "select_ms": times.ms(times.predict + times.select + times.observe)}
+            row = {
+                "attention_ms": times.attention_us / 1e3 / times.n_steps,
+                "choose_ms": times.choose_us / 1e3 / times.n_steps,
+                "select_ms": times.ms(times.predict + times.select + times.observe),
+            }
             note(
                 context=n_context,
                 how=f"sparse {budget}",

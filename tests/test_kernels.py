@@ -22,6 +22,7 @@ def how(request, monkeypatch):
             (selection, "_weigh"),
             (history, "_observe_listed"),
             (history, "_observe_all"),
+            (history, "_keep_listed"),
         ):
             monkeypatch.setattr(module, name, getattr(module, name).py_func)
     return request.param
@@ -82,8 +83,8 @@ def test_observe(n_rows, n_used, how):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
     taps = rng.random((n_rows, 5, 1, n_used + 3)).astype(np.float32)
-    history._observe_all(ours, decays, taps, 4, n_used)
-    naive.observe_all(theirs, decays, taps, 4, n_used)
+    history._observe_all(ours, decays, taps, 1, 4, n_used)
+    naive.observe_all(theirs, decays, taps[:, 1:], 3, n_used)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 

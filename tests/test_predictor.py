@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from kvcast import Llama, SparseConfig
 from kvcast.history import DECAYS
-from predictor_onnx.infer import HERE, OnnxPredictor, PredictorError, resolve, shipped
+from predictor_onnx.infer import HERE, PredictorError, open_predictor, resolve, shipped
 
 
 def naive_stream(path, averages):
@@ -33,7 +33,7 @@ def test_stream_against_numpy(shape):
     rng = np.random.default_rng(0)
     averages = (rng.random((shape[0], len(DECAYS), shape[1])) ** 5).astype(np.float32)
     path = resolve("stream")
-    np.testing.assert_allclose(OnnxPredictor(path, len(DECAYS)).predict(averages), naive_stream(path, averages), rtol=2e-4)
+    np.testing.assert_allclose(open_predictor(path).run(averages), naive_stream(path, averages), rtol=2e-4)
 
 
 def test_every_shipped_predictor_has_a_card():
@@ -72,11 +72,12 @@ def wrong_shape(model):
 
 
 @pytest.mark.parametrize(
-    ("edit", "word"), [(nan_weights, "not numbers"), (wrong_opset, "cannot be loaded"), (wrong_name, "history"), (wrong_shape, "")]
+    ("edit", "word"),
+    [(nan_weights, "not numbers"), (wrong_opset, "cannot be loaded"), (wrong_name, "history"), (wrong_shape, "wants 7 averages")],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, edit, word):
     with pytest.raises(PredictorError, match=word) as caught:
-        OnnxPredictor(edited(tmp_path, edit), len(DECAYS))
+        open_predictor(edited(tmp_path, edit))
     assert "\n" not in str(caught.value)
 
 
@@ -84,7 +85,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, edit, word):
 def test_not_onnx(tmp_path, content):
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(PredictorError):
-        OnnxPredictor(tmp_path / "x.onnx", len(DECAYS))
+        open_predictor(tmp_path / "x.onnx")
 
 
 def test_the_model_runs_with_ema_after_a_bad_predictor(smollm2, tmp_path, code):

@@ -19,7 +19,9 @@ def attach(path, code, kind, n_threads=2):
     llm.eval(tokens[: N - 60])
     attached.set_mode(native.HISTORY)
     llm.eval(tokens[N - 60 : N])
-    power = (attached.trace_q[:, :60].reshape(attached.info.n_layer, 60, attached.info.n_head_kv, -1, attached.info.head_dim_k) ** 2).sum((1, 3))
+    power = (attached.trace_q[:, :60].reshape(attached.info.n_layer, 60, attached.info.n_head_kv, -1, attached.info.head_dim_k) ** 2).sum(
+        (1, 3)
+    )
     attached.prepare_summary()
     attached.set_mode(native.SPARSE)
     return llm, attached, tokens, power

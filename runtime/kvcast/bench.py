@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def bench(
         if sparse.llm.input_ids[:n_context].tolist() != documents[name][:n_context] or sparse.llm.n_tokens != n_context:
             sparse.llm.reset()
             sparse.llm.eval(documents[name][:n_context])
-        found[name] = measure(sparse.llm, documents[name], n_context, names)
+        found[name] = measure(sparse.llm, documents[name], n_context, [replace(config, predictor=p) for p in names])
     say(f"loading and reading {n_context} tokens: dense, flash attention on")
     dense_on = _read(Llama(path, flash_attn=True, **shared), tokens[:n_context])
     say(f"loading and reading {n_context} tokens: dense, flash attention off")
@@ -157,6 +157,7 @@ def bench(
         "speedup": sparse.tok_s / dense.tok_s,
         "rounds": {"dense": dense.rounds, "sparse": sparse.rounds, "frozen": frozen.rounds, "dense_at_budget": short.rounds},
         "kv": {
+            "summary_bytes": info.summary_bytes,
             "store_bytes": info.n_layer * info.n_cells * (info.k_row_bytes + info.v_row_bytes),
             "read_bytes_dense": times.blocks_dense * block_bytes / times.n_steps,
             "read_bytes_sparse": times.blocks_read * block_bytes / times.n_steps,

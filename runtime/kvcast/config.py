@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .native import BLOCK_TOKENS
 
-PREDICTORS = ("auto", "ema", "last", "window", "oracle")
+PREDICTORS = ("auto", "ema", "last", "window", "oracle", "quest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class SparseConfig:
     predictor : str
         ``auto`` (``onnx:stream`` where ONNX Runtime is installed, else ``ema``), ``ema`` (average of past block scores),
         ``last`` (scores of the last step), ``window`` (sink and window only),
-        ``onnx:NAME`` (a network of predictor_onnx, or a path to one), ``oracle`` (runs each step twice to see the true
-        scores; for evaluation).
+        ``onnx:NAME`` (a network of predictor_onnx, or a path to one), ``oracle`` and ``quest`` (run each step twice, to see its
+        true scores or its query; for evaluation).
     sink, window : int
         First and most recent tokens that are always attended to.
     hold : int
@@ -38,6 +38,12 @@ class SparseConfig:
     budgets : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
         (the same for all).
+    dense_layers : int
+        The first layers, which attend to everything; they come on top of the budget.
+    min_recovery : float
+        When a step's estimated recovery is below this, the next one attends to everything; 0: never.
+    trace : bool
+        Keep the queries of each step, for ``Llama.attention_row``.
     path : str
         ``auto`` or ``host``: attention on the CPU beside the store.
 
@@ -55,10 +61,13 @@ class SparseConfig:
     hold: int = 16
     calibrate: str = "auto"
     budgets: str = "spread"
+    dense_layers: int = 0
+    min_recovery: float = 0.0
+    trace: bool = False
     path: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("budget", "sink", "window", "hold"):
+        for name in ("budget", "sink", "window", "hold", "dense_layers"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
@@ -76,6 +85,10 @@ class SparseConfig:
             raise ValueError(f"compression is {self.compression}; it must be 1 or more")
         if self.hold < 1:
             raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
+        if self.dense_layers < 0:
+            raise ValueError(f"dense_layers is {self.dense_layers}; it must be 0 or more")
+        if not 0 <= self.min_recovery < 1:
+            raise ValueError(f"min_recovery is {self.min_recovery}; it must be a share: at least 0, less than 1")
         if self.predictor not in PREDICTORS and not re.fullmatch("onnx:.+", self.predictor):
             raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
         if not re.fullmatch(r"auto|summary|off|(dense|host):[1-9]\d*", self.calibrate):
@@ -93,9 +106,14 @@ class SparseConfig:
         return tokens // BLOCK_TOKENS
 
     @property
+    def keeps_summary(self) -> bool:
+        """Whether a summary of the keys is kept."""
+        return self.calibrate in ("auto", "summary")
+
+    @property
     def summary(self) -> bool:
-        """Whether steps choose blocks themselves; the oracle has nothing to gain from it."""
-        return self.calibrate in ("auto", "summary") and self.predictor not in ("oracle", "window")
+        """Whether steps choose blocks themselves; not where the predictor sees the step itself or wants nothing."""
+        return self.keeps_summary and self.predictor not in ("oracle", "quest", "window")
 
     @property
     def calibrate_every(self) -> int:

@@ -7,6 +7,7 @@ out of both terms (and is weighted by mass, as shares of it are tiny where sink 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,16 +20,33 @@ from .llama import Llama
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One predictor over one document; ``step_ms`` is the mean of a step of the sparse pass."""
+    """One configuration over one document. Intervals are 95 %, from a bootstrap over runs of 8 steps.
+
+    *Copied* counts the steps whose next token continues a passage that stands earlier in the text (5 tokens or more): how much
+    of the attention that dense heads give to the block of the next token falls on sets that hold it, and how often that
+    token is the likeliest, sparse and dense.
+    """
 
     predictor: str
+    budget: int
+    budgets: str
+    hold: int
+    calibrate: str
     recovery: float
+    recovery_interval: tuple[float, float]
     middle_recovery: float
-    churn: float  # share of the set replaced per step
+    middle_interval: tuple[float, float]
+    churn: float  # share of the set that is new at a step
     estimated: float  # the runtime's own estimate of recovery
     kl: float  # mean over tokens of the divergence of the next-token distribution from dense, nats
     top1: float  # share of tokens where the likeliest next token is the same
-    step_ms: float
+    ms_per_step: float  # mean over the sparse pass
+    state_bytes_per_block: int  # of the predictor
+    n_copied: int
+    copied_in_set: float | None
+    copied_right: float | None
+    copied_right_dense: float | None
+    ratio_to_oracle: float | None = None  # of middle recovery, where an oracle of the same budgets was run
 
 
 class Recorder:
@@ -83,36 +101,77 @@ def true_scores(llm: Llama, tokens: Sequence[int]) -> tuple[list[np.ndarray], np
     return found, np.stack(logits)
 
 
-def recovery_of(masks: Sequence[np.ndarray], truth: Sequence[np.ndarray], config: SparseConfig) -> tuple[float, float]:
-    """Recovery and middle recovery of the noted sets; rows that attended to everything would flatter them and are left out."""
+def steps_of(masks: Sequence[np.ndarray], truth: Sequence[np.ndarray], config: SparseConfig) -> np.ndarray:
+    """float64, shape (n_steps, 3): recovery, middle mass held, middle mass, by step.
+
+    Rows that attended to everything would flatter a method and are left out; steps of which nothing is left are nan.
+    """
     n_sink, n_window = config.sink // native.BLOCK_TOKENS, config.window // native.BLOCK_TOKENS
-    total, middle_held, middle_all = [], 0.0, 0.0
-    for mask, scores in zip(masks, truth, strict=True):
+    found = np.full((len(masks), 3), np.nan)
+    for i, (mask, scores) in enumerate(zip(masks, truth, strict=True)):
         n_used = scores.shape[1]
         sparse = ~mask[:, :n_used].all(1)
-        if not sparse.any():
-            continue
-        scores = scores[sparse]
-        held = np.where(mask[sparse, :n_used], scores, 0)
-        total.append(held.sum(1).mean())
-        middle = slice(n_sink, max(n_sink, n_used - n_window))
-        middle_held += float(held[:, middle].sum())
-        middle_all += float(scores[:, middle].sum())
-    return float(np.mean(total or [1.0])), middle_held / middle_all if middle_all else 1.0
+        if sparse.any():
+            scores = scores[sparse]
+            held = np.where(mask[sparse, :n_used], scores, 0)
+            middle = slice(n_sink, max(n_sink, n_used - n_window))
+            found[i] = held.sum(1).mean(), held[:, middle].sum(), scores[:, middle].sum()
+    return found
+
+
+def recovery_of(masks: Sequence[np.ndarray], truth: Sequence[np.ndarray], config: SparseConfig) -> tuple[float, float]:
+    """Recovery and middle recovery of the noted sets; 1 where nothing was left out."""
+    return _means(steps_of(masks, truth, config))
+
+
+def _means(steps: np.ndarray) -> tuple[float, float]:
+    steps = steps[~np.isnan(steps[:, 0])]
+    middle = steps[:, 2].sum()
+    return float(steps[:, 0].mean()) if len(steps) else 1.0, float(steps[:, 1].sum() / middle) if middle else 1.0
+
+
+def intervals(steps: np.ndarray, n_run: int = 8, n_draws: int = 500) -> tuple[tuple[float, float], tuple[float, float]]:
+    """95 % bootstrap intervals of recovery and middle recovery, over runs of ``n_run`` steps, which are not independent."""
+    rng = np.random.default_rng(0)
+    runs = [steps[i : i + n_run] for i in range(0, len(steps), n_run)]
+    draws = np.array([_means(np.concatenate([runs[k] for k in rng.integers(len(runs), size=len(runs))])) for _ in range(n_draws)])
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
+
+
+def copied_from(tokens: Sequence[int], n_context: int, n_least: int = 5) -> dict[int, int]:
+    """Where text repeats itself after ``n_context``.
+
+    Returns
+    -------
+    dict
+        Position of a step -> position of the earlier token that its next token repeats, for passages of ``n_least`` tokens or
+        more; the step before a passage counts, as it has to find it.
+    """
+    where: dict[tuple[int, ...], int] = {}
+    for i in range(n_context - n_least):
+        where.setdefault(tuple(tokens[i : i + n_least]), i)
+    found: dict[int, int] = {}
+    for p in range(n_context, len(tokens) - n_least + 1):
+        source = where.get(tuple(tokens[p : p + n_least]))
+        if source is not None:
+            for k in range(n_least):
+                found.setdefault(p + k - 1, source + k)
+    return {p: s for p, s in found.items() if n_context <= p < len(tokens) - 1}
 
 
 def churn_of(masks: Sequence[np.ndarray]) -> float:
     """Share of the set that is new at a step; steps over everything and those after them are left out."""
     new, held = 0, 0
-    for before, now in zip(masks, masks[1:]):
-        if not (before.all() or now.all()) and now.sum() < 2 * before.sum() < 4 * now.sum():
+    for before, now in itertools.pairwise(masks):
+        if now.sum() < 2 * before.sum() < 4 * now.sum():
             new += int((now & ~before).sum())
             held += int(now.sum())
     return new / max(1, held)
 
 
-def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Sequence[str]) -> list[Recovery]:
-    """Recovery of each predictor over ``tokens[n_context:]``, the session's other settings as they are.
+def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence[SparseConfig]) -> list[Recovery]:
+    """Recovery of each configuration over ``tokens[n_context:]``, in the live loop.
 
     The context must have been evaluated just before (``llm.eval(tokens[:n_context])``); it is left as it was found.
 
@@ -124,20 +183,20 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Seque
     if llm.n_tokens != n_context:
         raise ValueError(f"the model holds {llm.n_tokens} tokens; evaluate exactly the first {n_context} first")
     session, config = llm.session, llm.session.config
-    primed = session.history.averages.copy(), session.history.n_observed
+    primed = session.history.save()
 
     def rewind() -> None:
         llm.n_tokens = n_context
         session.truncate(n_context)
-        session.history.averages[:], session.history.n_observed = primed
+        session.history.restore(primed)
 
     truth, dense_logits = true_scores(llm, tokens[n_context:])
     dense = log_softmax(dense_logits)
-    rewind()
+    sources = copied_from(tokens, n_context)
     results = []
-    for name in predictors:
-        now = replace(config, predictor=name)
+    for now in configs:
         session.configure(now)
+        rewind()
         session.on_attended = recorder = Recorder(llm)
         logits = []
         try:
@@ -147,21 +206,45 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, predictors: Seque
         finally:
             session.on_attended = None
         sparse = log_softmax(np.stack(logits))
-        times = session.times
-        masks = recorder.masks
-        recovery, middle = recovery_of(masks, truth, now)
+        times, masks = session.times, recorder.masks
+        steps = steps_of(masks, truth, now)
+        recovery, middle = _means(steps)
+        recovery_interval, middle_interval = intervals(steps)
         results.append(
             Recovery(
-                predictor=name,
+                predictor=now.predictor,
+                budget=now.budget_blocks(n_context) * native.BLOCK_TOKENS,
+                budgets=now.budgets,
+                hold=now.hold,
+                calibrate=now.calibrate,
                 recovery=recovery,
+                recovery_interval=recovery_interval,
                 middle_recovery=middle,
+                middle_interval=middle_interval,
                 churn=churn_of(masks),
                 estimated=times.share_sum / times.n_steps,
                 kl=float((np.exp(dense) * (dense - sparse)).sum(-1).mean()),
                 top1=float((dense.argmax(-1) == sparse.argmax(-1)).mean()),
-                step_ms=times.ms(times.total),
+                ms_per_step=times.ms(times.total),
+                state_bytes_per_block=session.predictor.state_bytes_per_block,
+                **_copied(sources, tokens, n_context, masks, truth, dense, sparse),
             )
         )
-        rewind()
     session.configure(config)
-    return results
+    rewind()
+    oracles = {(r.budget, r.budgets): r.middle_recovery for r in results if r.predictor == "oracle"}
+    return [replace(r, ratio_to_oracle=r.middle_recovery / o if (o := oracles.get((r.budget, r.budgets))) else None) for r in results]
+
+
+def _copied(sources, tokens, n_context, masks, truth, dense, sparse) -> dict:
+    held, right, right_dense = [], [], []
+    for p, source in sources.items():
+        i, block = p - n_context, source // native.BLOCK_TOKENS
+        mass = truth[i][:, block]
+        held.append(float(mass[masks[i][:, block]].sum() / mass.sum()))
+        right.append(sparse[i].argmax() == tokens[p + 1])
+        right_dense.append(dense[i].argmax() == tokens[p + 1])
+    if not held:
+        return {"n_copied": 0, "copied_in_set": None, "copied_right": None, "copied_right_dense": None}
+    means = (float(np.mean(x)) for x in (held, right, right_dense))
+    return {"n_copied": len(held), **dict(zip(("copied_in_set", "copied_right", "copied_right_dense"), means))}

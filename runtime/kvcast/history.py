@@ -27,10 +27,10 @@ def _observe_listed(averages, decays, blocks, n_listed, scores, shares):
 
 
 @numba.njit(nogil=True, cache=True)
-def _observe_all(averages, decays, scores, n_taps, n_blocks):
+def _observe_all(averages, decays, scores, begin, end, n_blocks):
     n_layer, _, n_head_kv, _ = scores.shape
     for layer in range(n_layer):
-        for tap in range(n_taps):
+        for tap in range(begin, end):
             for head in range(n_head_kv):
                 row = layer * n_head_kv + head
                 for d in range(decays.shape[0]):
@@ -40,8 +40,16 @@ def _observe_all(averages, decays, scores, n_taps, n_blocks):
                         averages[row, d, b] = keep * averages[row, d, b] + add * scores[layer, tap, head, b]
 
 
+@numba.njit(nogil=True, cache=True)
+def _keep_listed(before, now, blocks, n_listed, scores, shares):
+    now[:] = before
+    for row in range(blocks.shape[0]):
+        for i in range(n_listed[row]):
+            now[row, blocks[row, i]] = scores[row, i] * shares[row]
+
+
 class History:
-    """Averages of block scores, updated in place.
+    """Averages of block scores, updated in place; and the scores of the last steps themselves where a predictor asks for them.
 
     Parameters
     ----------
@@ -51,6 +59,8 @@ class History:
     Attributes
     ----------
     averages : float32, shape (n_layer * n_head_kv, len(DECAYS), n_blocks)
+    n_observed : int
+        Steps since the last reset.
     epoch : int
         Counts the edits that dropped something.
     """
@@ -58,6 +68,8 @@ class History:
     def __init__(self, n_layer: int, n_head_kv: int, n_blocks: int):
         self.averages = np.zeros((n_layer * n_head_kv, len(DECAYS), n_blocks), np.float32)
         self._decays = np.array(DECAYS, np.float32)
+        self._ring: npt.NDArray[np.float32] | None = None  # (n_steps, n_rows, n_blocks), step number n at n % n_steps
+        self._n_in_ring = 0
         self.n_observed = 0
         self.epoch = 0
 
@@ -65,6 +77,20 @@ class History:
     def primed(self) -> bool:
         """Whether anything is known."""
         return self.n_observed > 0
+
+    def keep_steps(self, n_steps: int) -> None:
+        """From now on keep the scores of so many steps, at least. Blocks that a step did not see keep their last known score."""
+        if n_steps <= (0 if self._ring is None else len(self._ring)):
+            return
+        n_rows, _, n_blocks = self.averages.shape
+        self._ring = np.zeros((n_steps, n_rows, n_blocks), np.float32)
+        self._n_in_ring = 0
+
+    def last_rows(self, n_steps: int) -> npt.NDArray[np.float32]:
+        """float32, shape (n, n_rows, n_blocks), oldest first: at most ``n_steps``, and one at least."""
+        assert self._ring is not None
+        n = max(1, min(n_steps, self._n_in_ring))
+        return self._ring[np.arange(self.n_observed - n, self.n_observed) % len(self._ring)]
 
     def observe_listed(self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray) -> None:
         """Take in a sparse step.
@@ -79,16 +105,41 @@ class History:
             the listed blocks, those of a dense step over all.
         """
         _observe_listed(self.averages, self._decays, blocks, n_listed, scores, shares)
+        if self._ring is not None:
+            n = len(self._ring)
+            _keep_listed(self._ring[(self.n_observed - 1) % n], self._ring[self.n_observed % n], blocks, n_listed, scores, shares)
+            self._n_in_ring += 1
         self.n_observed += 1
 
-    def observe_all(self, scores: npt.NDArray, n_taps: int, n_used_blocks: int) -> None:
-        """Take in a history batch: scores float32, shape (n_layer, max_taps, n_head_kv, n_blocks)."""
-        _observe_all(self.averages, self._decays, scores, n_taps, n_used_blocks)
-        self.n_observed += n_taps
+    def observe_all(self, scores: npt.NDArray, begin: int, end: int, n_used_blocks: int) -> None:
+        """Take in the tokens [begin, end) of a history batch: scores float32, shape (n_layer, max_taps, n_head_kv, n_blocks)."""
+        _observe_all(self.averages, self._decays, scores, begin, end, n_used_blocks)
+        if self._ring is not None:
+            for tap in range(begin, end):
+                self._ring[(self.n_observed + tap - begin) % len(self._ring)] = scores[:, tap].reshape(self.averages[:, 0].shape)
+            self._n_in_ring += end - begin
+        self.n_observed += end - begin
+
+    def save(self) -> tuple:
+        """What ``restore`` takes."""
+        return self.averages.copy(), None if self._ring is None else self._ring.copy(), self._n_in_ring, self.n_observed
+
+    def restore(self, saved: tuple) -> None:
+        """Back to what was saved; counts as an edit."""
+        averages, ring, self._n_in_ring, self.n_observed = saved
+        self.averages[:] = averages
+        if self._ring is None or ring is None or self._ring.shape != ring.shape:
+            self._n_in_ring = 0
+        else:
+            self._ring[:] = ring
+        self.epoch += 1
 
     def truncate(self, n_tokens: int) -> None:
         """Drop what is known of blocks at or past the cell ``n_tokens``; everything when it is 0."""
-        self.averages[:, :, n_tokens // BLOCK_TOKENS :] = 0
+        first = n_tokens // BLOCK_TOKENS
+        self.averages[:, :, first:] = 0
+        if self._ring is not None:
+            self._ring[:, :, first:] = 0
         if n_tokens == 0:
-            self.n_observed = 0
+            self.n_observed = self._n_in_ring = 0
         self.epoch += 1

@@ -14,7 +14,8 @@ from . import native
 from .config import SparseConfig
 from .errors import CallbackError, GenerationError, ModelError
 from .header import Header, read_header
-from .session import AttentionFn, Session
+from .predictors import LOOK_AHEAD
+from .session import AttentionFn, KvFn, Session
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
 
@@ -101,7 +102,7 @@ class Llama(llama_cpp.Llama):
         if len(tokens) > 1 or not session.history.primed:
             session.prompt(tokens, self._decode)
         else:
-            if session.config.predictor == "oracle":
+            if session.config.predictor in LOOK_AHEAD:
                 self._look_ahead(tokens[0])
             session.step(tokens[0], self._decode)
 
@@ -115,7 +116,7 @@ class Llama(llama_cpp.Llama):
         return again + tokens
 
     def _look_ahead(self, token: int) -> None:
-        """For the oracle: the token's true scores, from a dense step that is taken back."""
+        """The token's true scores and queries, from a dense step that is taken back."""
         assert self._session is not None
         self._session.observe_truth(token, self._decode)
         self.n_tokens -= 1
@@ -186,15 +187,86 @@ class Llama(llama_cpp.Llama):
         if self._session is not None:
             self._session.attached.abort()
 
-    def on_attention(self, fn: AttentionFn | None) -> None:
+    def attention_row(self, layer: int) -> np.ndarray:
+        """The exact attention of the newest token over every token before it, whatever the step attended to.
+
+        Computed from the step's query and the keys of the store; slow. Load the model with ``SparseConfig(trace=True)``.
+
+        Parameters
+        ----------
+        layer : int
+
+        Returns
+        -------
+        float32, shape (n_head, n_tokens)
+
+        Raises
+        ------
+        ValueError
+            The model keeps no queries, its store is not f16, or nothing was evaluated.
+        IndexError
+            There is no such layer.
+        """
+        attached, n = self.session.attached, self.session.n_tokens
+        info = attached.info
+        if attached.trace_q is None or info.type_k != 1:
+            raise ValueError("exact attention rows need the queries and an f16 store; load the model with sparse=SparseConfig(trace=True)")
+        if n == 0:
+            raise ValueError("nothing has been evaluated yet; call eval or generate first")
+        keys = attached.rows_of(layer, 0, n)[0].astype(np.float32)  # (n, n_head_kv, d)
+        tap = 0 if self.session.in_sparse_step else self.session.n_history_taps - 1
+        q = attached.trace_q[layer, tap].reshape(info.n_head_kv, -1, info.head_dim_k) * info.head_dim_k**-0.5
+        logits = np.einsum("hgd,nhd->hgn", q, keys).reshape(info.n_head, n)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
+
+    def on_kv(self, fn: KvFn | int | None) -> None:
+        """Call ``fn(layer, block, k, v)`` for every layer when a block of 16 tokens is complete in the store.
+
+        Parameters
+        ----------
+        fn : callable, int or None
+            k and v: float16, shape (16, n_head_kv, head_dim), when the store is f16, else its raw rows, uint8, shape (16,
+            row_bytes); the callee's to keep. An int is the address of a C function (a Numba ``cfunc``) ``int fn(int32
+            layer, int32 block, void * k, void * v, int64 k_row_bytes, int64 v_row_bytes)``, which gets the store's own rows
+            and returns 0. None removes the callback. Blocks are reported once, those of an edited part again.
+
+        Raises
+        ------
+        CallbackError
+            From the call that evaluates, when ``fn`` raised or returned something else; the tokens are in the store.
+        """
+        self.session.on_kv = fn if fn is None else self._kv_caller(fn)
+
+    def _kv_caller(self, fn: KvFn | int) -> Callable[[int, int], None]:
+        attached = self.session.attached
+        info = attached.info
+        native_fn = native.kv_callback(fn) if isinstance(fn, int) else None
+
+        def call(layer: int, block: int) -> None:
+            try:
+                if native_fn is None:
+                    fn(layer, block, *attached.rows_of(layer, block * native.BLOCK_TOKENS, (block + 1) * native.BLOCK_TOKENS))
+                    return
+                k, v = (rows[block * native.BLOCK_TOKENS :].ctypes.data for rows in attached.rows(layer))
+                failed = native_fn(layer, block, k, v, info.k_row_bytes, info.v_row_bytes)
+            except Exception as error:
+                raise CallbackError(f"a KV callback raised {type(error).__name__}: {error}; the tokens are in the store") from error
+            if failed:
+                raise CallbackError(f"a KV callback returned {failed}; the tokens are in the store")
+
+        return call
+
+    def on_attention(self, fn: AttentionFn | int | None) -> None:
         """Call ``fn(layer, step, block_scores)`` as each layer's attention of a history or sparse step is done.
 
         Parameters
         ----------
-        fn : callable or None
-            ``layer`` and ``step`` (position of the newest token) are ints; ``block_scores`` is float32, shape
-            (n_head_kv, n_blocks), the attention probability of each block, 0 where a sparse step did not attend. The
-            array is the callee's to keep. None removes the callback.
+        fn : callable, int or None
+            An int is the address of a C function (a Numba ``cfunc``) of the type ``kvcast_attention_callback`` in kvcast.h,
+            which gets the scores in list order. Otherwise ``layer`` and ``step`` (position of the newest token) are ints;
+            ``block_scores`` is float32, shape (n_head_kv, n_blocks), the attention probability of each block, 0 where a
+            sparse step did not attend. The array is the callee's to keep. None removes the callback.
 
         Raises
         ------
@@ -202,8 +274,8 @@ class Llama(llama_cpp.Llama):
             From the call that generates, when ``fn`` raised; its exception is the ``__cause__``.
         """
         attached = self.session.attached
-        if fn is None:
-            attached.set_attention_callback(None)
+        if fn is None or isinstance(fn, int):
+            attached.set_attention_callback(fn)
             return
         session = self.session
 

@@ -49,6 +49,12 @@ attention_callback = ctypes.CFUNCTYPE(
 )
 
 
+# int fn(layer, block, k, v, k_row_bytes, v_row_bytes): what Llama.on_kv calls when it is given an address
+kv_callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
+)
+
+
 class kvcast_params(ctypes.Structure):
     _fields_ = [("max_taps", ctypes.c_int32), ("trace", ctypes.c_int32), ("summary", ctypes.c_int32)]
 
@@ -237,11 +243,20 @@ class Attached:
     def reset_stats(self) -> None:
         kvcast_reset_stats(self._kv)
 
-    def set_attention_callback(self, fn: Callable[..., int] | None) -> None:
-        """``fn(user, layer, pos, scores, n_taps, n_head_kv, stride)`` as in kvcast.h; None removes it."""
+    def set_attention_callback(self, fn: Callable[..., int] | int | None) -> None:
+        """``fn(user, layer, pos, scores, n_taps, n_head_kv, stride)`` or its address, as in kvcast.h; None removes it."""
         callback = attention_callback(fn) if fn is not None else attention_callback()
         kvcast_set_attention_callback(self._kv, callback, None)
         self._callback = callback  # keeps it alive while native code may call it
+
+    def rows_of(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of K and V of the cells [begin, end): float16, shape (n, n_head_kv, head_dim), when the store is f16; else its raw
+        rows, uint8, shape (n, row_bytes)."""
+        found = []
+        for rows, kind, dim in zip(self.rows(layer), (self.info.type_k, self.info.type_v), (self.info.head_dim_k, self.info.head_dim_v)):
+            copy = rows[begin:end].copy()
+            found.append(copy.view(np.float16).reshape(end - begin, self.info.n_head_kv, dim) if kind == 1 else copy)
+        return found[0], found[1]
 
     def rows(self, layer: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """K and V of a layer in the store: uint8, shapes (n_cells, k_row_bytes) and (n_cells, v_row_bytes)."""

@@ -8,6 +8,7 @@ running the last tokens once more.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ from .history import History
 from .selection import append_block, list_all, select, select_free
 
 HISTORY_TOKENS = 64  # of a prompt, in history mode
+GUARD_TOKENS = 8  # of those, held back to try the predictor on
+GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
 HISTORY_BYTES_MAX = 256 << 20  # of their scores, on the host
 TURNS = 1
 OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
 AttentionFn = Callable[[int, int, np.ndarray], None]
+KvFn = Callable[[int, int, np.ndarray, np.ndarray], None]
 
 
 def n_taps_within(info_bytes_per_tap: int) -> int:
@@ -90,8 +94,6 @@ class Session:
         Tokens of one dense batch of a prompt.
     n_bytes_per_tap : int
         Bytes of scores of one history token; bounds the history batch.
-    trace : int
-        See ``native.Attached``.
 
     Raises
     ------
@@ -103,11 +105,11 @@ class Session:
     config: SparseConfig
     n_batch: int
     n_bytes_per_tap: int = 0
-    trace: int = native.TRACE_NONE
     times: StepTimes = field(default_factory=StepTimes)
 
     def __post_init__(self) -> None:
-        self.attached = native.Attached(self.ctx, n_taps_within(self.n_bytes_per_tap), self.trace, self.config.summary)
+        trace = native.TRACE_HEAD if self.config.trace or self.config.predictor == "quest" else native.TRACE_NONE
+        self.attached = native.Attached(self.ctx, n_taps_within(self.n_bytes_per_tap), trace, self.config.keeps_summary)
         info = self.attached.info
         self.n_rows = info.n_layer * info.n_head_kv
         self.blocks = self.attached.blocks.reshape(self.n_rows, info.n_blocks)
@@ -119,16 +121,20 @@ class Session:
         self.n_free = self.attached.n_free.reshape(self.n_rows)
         self.shares = self.attached.shares.reshape(self.n_rows)
         self.history = History(info.n_layer, info.n_head_kv, info.n_blocks)
-        self.predictor = predictors.make(self.config.predictor)
+        self._use(predictors.make(self.config.predictor, self.attached))
         self.frozen = False  # keep the lists, take no scores (the ceiling in benchmarks)
         self.n_tokens = 0  # in the store, as far as the session knows
         self._age: int | None = None  # steps since the last selection; None: select before the next step
         self._since_calibration = 0
         self._n_listed_blocks = 0  # blocks in use that the lists know of
         self._n_summarised = 0  # tokens in the store when the summary's channels were chosen
+        self._poor = False  # the last step's estimated recovery was below the minimum
         self.calibrating = False  # the running step attends to everything, to renew every score
         self.in_sparse_step = False  # which order the scores of the running step have
         self.on_progress: Callable[[int, int], None] | None = None  # prompt tokens done, in all
+        self.n_history_taps = 0  # tokens of the last batch in history mode
+        self.on_kv: Callable[[int, int], None] | None = None  # called with layer and block
+        self._n_reported = 0  # complete blocks that on_kv knows of
         self.on_primed: Callable[[np.ndarray], None] | None = None  # recording: scores (n_layer, n_tokens, n_head_kv, n_blocks)
         self.on_attended: Callable[[int], None] | None = None  # evaluation: called with the position after each sparse step
 
@@ -143,7 +149,7 @@ class Session:
         self._set = Set(self.blocks, self.n_listed, self.n_free, self.shares, self.weights)
         self._warm_up_selection()
         self.history.observe_listed(self.blocks[:0], self.n_listed[:0], self.scores[:0], self.shares[:0])
-        self.history.observe_all(self.attached.history_scores, 0, 0)
+        self.history.observe_all(self.attached.history_scores, 0, 0, 0)
         self.history.n_observed = 0
 
     def _warm_up_selection(self) -> None:
@@ -164,7 +170,7 @@ class Session:
         """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
         if config.summary and self.weights is None:
             raise ValueError(f"calibrate={config.calibrate!r} needs a summary of the keys; load the model with it")
-        self.predictor = predictors.make(config.predictor)
+        self._use(predictors.make(config.predictor, self.attached))
         self.config = config
         self.frozen = frozen
         self.times = StepTimes()
@@ -181,6 +187,7 @@ class Session:
         self._drop_set()
         self.attached.invalidate(n_tokens)
         self._n_summarised = min(self._n_summarised, n_tokens)
+        self._n_reported = min(self._n_reported, n_tokens // native.BLOCK_TOKENS)
 
     def forget(self) -> None:
         """The store's content is unknown (a load): nothing that was known holds."""
@@ -198,13 +205,17 @@ class Session:
         for i in range(n_dense, len(tokens), n_taps):
             part = tokens[i : i + n_taps]
             self._decode(native.HISTORY, part, decode)
-            self.history.observe_all(self.attached.history_scores, len(part), self._n_blocks())
+            n_check = min(GUARD_TOKENS, len(part) // 2) if i + n_taps >= len(tokens) else 0
+            self.history.observe_all(self.attached.history_scores, 0, len(part) - n_check, self._n_blocks())
+            if n_check:
+                self._guard(self.attached.history_scores[:, len(part) - n_check : len(part)].mean(1))
+                self.history.observe_all(self.attached.history_scores, len(part) - n_check, len(part), self._n_blocks())
             if self.on_primed is not None:
                 self.on_primed(self.attached.history_scores[:, : len(part)])
             self._report(i + n_taps, len(tokens))
         self._drop_set()
         self._since_calibration = 0  # the last tokens were dense: every score is new
-        if self.config.summary and self.n_tokens >= 2 * self._n_summarised:
+        if self.weights is not None and self.n_tokens >= 2 * self._n_summarised:
             self.attached.prepare_summary()
             self._n_summarised = self.n_tokens
 
@@ -219,14 +230,14 @@ class Session:
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         self._since_calibration += 1
         saved = None
-        self.calibrating = False
+        self.calibrating = self._poor
         if not self.frozen and self.config.calibrate_every and self.config.budget_blocks(self.n_tokens) < n_used:
             every = self.config.calibrate_every
             if self.config.calibrate.startswith("host"):
                 self._place_set(n_used)
                 saved = self._widen(n_used, self._since_calibration % every, every)
             else:
-                self.calibrating = self._since_calibration >= every
+                self.calibrating |= self._since_calibration >= every
         if self.calibrating:
             list_all(n_used, self.blocks, self.n_listed)
             self.n_free[:] = 0
@@ -250,6 +261,7 @@ class Session:
         observed = time.perf_counter()
         if not self.frozen:
             self.history.observe_listed(self.blocks, self.n_attended, self.scores, self.shares)
+            self._poor = float(self.shares.mean()) < self.config.min_recovery
         after = self.attached.stats
         end = time.perf_counter()
         times.n_steps += 1
@@ -271,7 +283,7 @@ class Session:
     def observe_truth(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""
         self._decode(native.HISTORY, [token], decode)
-        self.history.observe_all(self.attached.history_scores, 1, self._n_blocks())
+        self.history.observe_all(self.attached.history_scores, 0, 1, self._n_blocks())
         self._age = None
 
     @property
@@ -293,6 +305,17 @@ class Session:
             if mode == native.HISTORY:
                 self.attached.set_mode(native.DENSE)
         self.n_tokens += len(tokens)
+        if mode == native.HISTORY:
+            self.n_history_taps = len(tokens)
+        if self.on_kv is not None:
+            self._report_kv(self.on_kv)
+
+    def _report_kv(self, report: Callable[[int, int], None]) -> None:
+        while self._n_reported < self.n_tokens // native.BLOCK_TOKENS:
+            block = self._n_reported
+            self._n_reported += 1
+            for layer in range(self.attached.info.n_layer):
+                report(layer, block)
 
     def _place_set(self, n_used: int) -> None:
         """The lists of this step: a new set when the last one was held long enough, else that one and the newest block."""
@@ -321,6 +344,35 @@ class Session:
     def _restore(self, saved: tuple[np.ndarray, ...]) -> None:
         rows, blocks, self.n_listed[rows], self.n_free[rows], self.shares[rows] = saved
         self.blocks[rows, : blocks.shape[1]] = blocks
+
+    def _use(self, predictor: predictors.Predictor) -> None:
+        self.predictor = predictor
+        self.history.keep_steps(predictor.n_steps_kept)
+
+    def _guard(self, truth: np.ndarray) -> None:
+        """Before the last tokens of a prompt enter the history: would the network have chosen for them as well as the average?
+
+        truth : float32, shape (n_layer, n_head_kv, n_blocks)
+        """
+        n_used = self._n_blocks()
+        n_sink, n_window = self.config.sink // native.BLOCK_TOKENS, self.config.window // native.BLOCK_TOKENS
+        n_keep = self.config.budget_blocks(self.n_tokens) - n_sink - n_window
+        middle = slice(n_sink, n_used - n_window)
+        if not isinstance(self.predictor, predictors.Learned) or n_keep >= n_used - n_window - n_sink:
+            return
+        held = []
+        average = predictors.Average(0.9)
+        for predictor in (self.predictor, average):
+            scores = predictor.predict(self.history, n_used)[:, middle]
+            best = np.argpartition(-scores, n_keep - 1, axis=1)[:, :n_keep]
+            held.append(float(np.take_along_axis(truth.reshape(self.n_rows, -1)[:, middle], best, 1).sum()))
+        if held[0] < GUARD_MARGIN * held[1]:
+            self._use(average)
+            warnings.warn(
+                f"predictor {self.config.predictor!r} does worse than the plain average on this model and text "
+                f"({held[0] / held[1]:.0%} of the attention that the average holds); 'ema' is used instead",
+                stacklevel=2,
+            )
 
     def _drop_set(self) -> None:
         """Select anew before the next step."""
@@ -377,3 +429,6 @@ class Session:
         else:
             select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, budgets)
             into.n_free[:], into.free_range = 0, (0, 0)
+        if n_dense := self.config.dense_layers * self.attached.info.n_head_kv:
+            list_all(n_used, into.blocks[:n_dense], into.n_listed[:n_dense])
+            into.n_free[:n_dense], into.shares[:n_dense] = 0, 1.0

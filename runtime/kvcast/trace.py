@@ -12,6 +12,7 @@ One ``.npz`` a document. Scores are kept as one byte, logarithmic: code 0 is "no
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,9 +78,11 @@ def load(path: Path) -> Trace:
         with np.load(path) as file:
             about = json.loads(str(file["about"]))
             if about.get("version") != VERSION:
-                raise KvcastError(f"{str(path)!r} is a recording of version {about.get('version')}, this is version {VERSION}; record it again")
+                raise KvcastError(
+                    f"{str(path)!r} is a recording of version {about.get('version')}, this is version {VERSION}; record it again"
+                )
             return Trace(file["truth"], file["seen"], file["estimate"], about)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise KvcastError(f"{str(path)!r} is not a recording of attention ({error}); make one with `kvcast trace`") from error
 
 
@@ -100,17 +103,19 @@ def record(llm: Llama, tokens: Sequence[int], n_context: int, name: str) -> Trac
     n_blocks = -(-len(tokens) // BLOCK_TOKENS)
     llm.reset()
     primed: list[np.ndarray] = []
-    session.on_primed = lambda scores: primed.extend(scores[:, i].reshape(session.n_rows, -1)[:, :n_blocks].copy() for i in range(scores.shape[1]))
+    session.on_primed = lambda scores: primed.extend(
+        scores[:, i].reshape(session.n_rows, -1)[:, :n_blocks].copy() for i in range(scores.shape[1])
+    )
     try:
         llm.eval(tokens[:n_context])
     finally:
         session.on_primed = None
-    saved = session.history.averages.copy(), session.history.n_observed
+    saved = session.history.save()
     truth, _ = true_scores(llm, steps)
     llm.n_tokens = n_context
     session.truncate(n_context)
-    session.history.averages[:], session.history.n_observed = saved
     session.configure(session.config)
+    session.history.restore(saved)
 
     seen = np.zeros((len(steps), session.n_rows, n_blocks), np.uint8)
     estimate = np.zeros_like(seen)
