@@ -214,7 +214,7 @@ def evaluate(
     predictors: Annotated[str, typer.Option(help="Comma-separated.")] = "window,last,ema,quest,onnx:paper,onnx:stream,oracle",
     budgets: Annotated[str, typer.Option(help="Comma-separated: spread, uniform.")] = "spread",
     calibrate: Annotated[str, typer.Option(help="Comma-separated: auto, summary, dense:M, host:M, off.")] = "auto",
-    hold: Annotated[int, typer.Option()] = 16,
+    hold: Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:

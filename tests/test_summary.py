@@ -44,6 +44,7 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
         attached.n_free[3] = 0
         attached.weights[:] = rng.random(attached.weights.shape) + 0.1
         attached.set_free_range(begin, end)
+        attached.choose_anew()
         llm.eval([tokens[position]])
         lists = {}
         for layer in range(info.n_layer):
@@ -80,18 +81,29 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
 
 
 @pytest.mark.parametrize("n_threads", [1, 5])
-def test_turns_keep_what_was_chosen(smollm2, code, n_threads):
+def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
     llm, attached, tokens, _ = attach(smollm2, code, F16, n_threads)
-    attached.blocks[..., :3] = [0, 62, 63]
+    n_blocks = attached.info.n_blocks
     attached.blocks[..., :2] = [0, 62]
     attached.n_listed[:], attached.n_free[:] = 2, 5
     attached.set_free_range(1, 60)
-    llm.eval([tokens[N]])
-    first = attached.blocks.copy()
-    attached.set_turn(1, 2)
-    llm.eval([tokens[N + 1]])
-    assert (attached.blocks[::2, :, :7] == first[::2, :, :7]).all()
-    assert (attached.blocks[1::2, :, :7] != first[1::2, :, :7]).any()
+    attached.weights[:] = 1
+    attached.weights[::2, :, 10:15] = 1e30  # these rows always choose the same
+    chosen = []
+    for i in range(6):
+        before = attached.estimates.copy()
+        llm.eval([tokens[N + i]])
+        chosen.append(attached.blocks[..., 2:7].copy())
+        estimated = (attached.estimates[..., 1:60] != before[..., 1:60]).any(-1)
+        # the first choice is all new, the second steady: then a pause of one step, then of three
+        assert estimated[::2].all() == (i in (0, 1, 3)), i
+        assert estimated[1::2].any() and not estimated[::2].any() or i in (0, 1, 3)
+        assert (chosen[-1][::2] == np.arange(10, 15)).all()
+    assert n_blocks == 128 and (chosen[0][1::2] != chosen[-1][1::2]).any()
+    attached.choose_anew()
+    before = attached.estimates.copy()
+    llm.eval([tokens[N + 6]])
+    assert (attached.estimates[..., 1:60] != before[..., 1:60]).any(-1).all()
     attached.close()
     llm.close()
 

@@ -140,6 +140,7 @@ def bench(
 
     info = session.attached.info
     block_bytes = 16 * (info.k_row_bytes + info.v_row_bytes) // info.n_head_kv
+    read_sparse = (times.blocks_read * block_bytes + times.summary_bytes_read) / times.n_steps
     n_plain = times.n_steps - times.n_calibrations
     plain = (times.total - times.calibrate) / max(1, n_plain)
     main = found[first][0]
@@ -160,8 +161,8 @@ def bench(
             "summary_bytes": info.summary_bytes,
             "store_bytes": info.n_layer * info.n_cells * (info.k_row_bytes + info.v_row_bytes),
             "read_bytes_dense": times.blocks_dense * block_bytes / times.n_steps,
-            "read_bytes_sparse": times.blocks_read * block_bytes / times.n_steps,
-            "read_reduction": times.blocks_dense / times.blocks_read,
+            "read_bytes_sparse": read_sparse,
+            "read_reduction": times.blocks_dense * block_bytes / times.n_steps / read_sparse,
         },
         "recovery": main.recovery,
         "middle_recovery": main.middle_recovery,

@@ -33,7 +33,7 @@ Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink 
 Predictor = Annotated[str, typer.Option(help="auto, ema, last, window, onnx:NAME; oracle, quest for evaluation.")]
 Calibrate = Annotated[str, typer.Option(help="auto, summary, dense:M, host:M or off.")]
 Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
-Hold = Annotated[int, typer.Option(help="Steps for which a selected set is kept.")]
+Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
 

@@ -28,8 +28,9 @@ class SparseConfig:
         true scores or its query; for evaluation).
     sink, window : int
         First and most recent tokens that are always attended to.
-    hold : int
-        Steps for which a selected set is kept.
+    hold : int or None
+        Steps for which a prediction is kept, and with it, unless ``calibrate`` is ``summary``, the set. None: 32 with a
+        summary, where steps see for themselves, else 8.
     calibrate : str
         How blocks outside the set are seen. ``summary``: each step estimates the attention to every block from a summary
         of the keys and its own query, and chooses by that and the prediction; costs host memory, 8 % of an f16 store.
@@ -58,7 +59,7 @@ class SparseConfig:
     predictor: str = "auto"
     sink: int = 64
     window: int = 64
-    hold: int = 16
+    hold: int | None = None
     calibrate: str = "auto"
     budgets: str = "spread"
     dense_layers: int = 0
@@ -69,6 +70,8 @@ class SparseConfig:
     def __post_init__(self) -> None:
         for name in ("budget", "sink", "window", "hold", "dense_layers"):
             value = getattr(self, name)
+            if name == "hold" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
         for name in ("sink", "window"):
@@ -83,7 +86,7 @@ class SparseConfig:
             )
         if self.compression is not None and not self.compression >= 1:
             raise ValueError(f"compression is {self.compression}; it must be 1 or more")
-        if self.hold < 1:
+        if self.hold is not None and self.hold < 1:
             raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
         if self.dense_layers < 0:
             raise ValueError(f"dense_layers is {self.dense_layers}; it must be 0 or more")
@@ -104,6 +107,11 @@ class SparseConfig:
         if self.compression is not None:
             tokens = max(self.sink + self.window + BLOCK_TOKENS, int(n_tokens / self.compression))
         return tokens // BLOCK_TOKENS
+
+    @property
+    def steps_held(self) -> int:
+        """``hold``, or what None stands for."""
+        return self.hold or (32 if self.summary else 8)
 
     @property
     def keeps_summary(self) -> bool:

@@ -215,7 +215,7 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence
                 predictor=now.predictor,
                 budget=now.budget_blocks(n_context) * native.BLOCK_TOKENS,
                 budgets=now.budgets,
-                hold=now.hold,
+                hold=now.steps_held,
                 calibrate=now.calibrate,
                 recovery=recovery,
                 recovery_interval=recovery_interval,

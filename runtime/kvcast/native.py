@@ -68,7 +68,7 @@ class kvcast_info(ctypes.Structure):
 
 
 class kvcast_stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read", "choose_us")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read", "choose_us", "summary_bytes_read")]
 
 
 # fmt: off
@@ -90,8 +90,8 @@ def kvcast_n_free(kv, /): ...
 def kvcast_weights(kv, /): ...
 @ctypes_function("kvcast_set_free_range", [kvcast_p, ctypes.c_int32, ctypes.c_int32], None)
 def kvcast_set_free_range(kv, begin, end, /): ...
-@ctypes_function("kvcast_set_turn", [kvcast_p, ctypes.c_int32, ctypes.c_int32], None)
-def kvcast_set_turn(kv, turn, n_turns, /): ...
+@ctypes_function("kvcast_choose_anew", [kvcast_p], None)
+def kvcast_choose_anew(kv, /): ...
 @ctypes_function("kvcast_prepare_summary", [kvcast_p], None)
 def kvcast_prepare_summary(kv, /): ...
 @ctypes_function("kvcast_estimates", [kvcast_p], c_float_p)
@@ -216,9 +216,9 @@ class Attached:
         """Choose the channels that the summary keeps: before its first use, and when the content has changed much."""
         kvcast_prepare_summary(self._kv)
 
-    def set_turn(self, turn: int, n_turns: int) -> None:
-        """Of every ``n_turns`` layers only number ``turn`` chooses in the next steps; the others keep what they chose last."""
-        kvcast_set_turn(self._kv, turn, n_turns)
+    def choose_anew(self) -> None:
+        """Let every row choose in the next step: when lists, ``n_free`` or the range were changed. Else steady rows pause."""
+        kvcast_choose_anew(self._kv)
 
     def set_free_range(self, begin: int, end: int) -> None:
         """The blocks that the next steps may choose from, all of them complete."""

@@ -24,7 +24,6 @@ HISTORY_TOKENS = 64  # of a prompt, in history mode
 GUARD_TOKENS = 8  # of those, held back to try the predictor on
 GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
 HISTORY_BYTES_MAX = 256 << 20  # of their scores, on the host
-TURNS = 1
 OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
 AttentionFn = Callable[[int, int, np.ndarray], None]
@@ -53,6 +52,7 @@ class StepTimes:
     share_sum: float = 0.0  # of the estimated recovery
     attention_us: int = 0
     choose_us: int = 0
+    summary_bytes_read: int = 0
 
     def ms(self, seconds: float) -> float:
         return 1e3 * seconds / max(1, self.n_steps)
@@ -272,6 +272,7 @@ class Session:
         times.share_sum += float(self.shares.mean())
         times.attention_us += after.attention_us - before.attention_us
         times.choose_us += after.choose_us - before.choose_us
+        times.summary_bytes_read += after.summary_bytes_read - before.summary_bytes_read
         if self.calibrating:
             times.n_calibrations += 1
             times.calibrate += end - begin
@@ -319,17 +320,15 @@ class Session:
 
     def _place_set(self, n_used: int) -> None:
         """The lists of this step: a new set when the last one was held long enough, else that one and the newest block."""
-        all_choose = False
-        if self._age is None or (self._age >= self.config.hold and not self.frozen):
+        if self._age is None or (self._age >= self.config.steps_held and not self.frozen):
             self._take_set(n_used)
             self._age = 0
-            all_choose = True
+            self.attached.choose_anew()
         elif n_used > self._n_listed_blocks:
             append_block(n_used - 1, self.blocks, self.n_listed)
-            all_choose = True
-        self.attached.set_turn(self.n_tokens, 1 if all_choose else TURNS)
+            self.attached.choose_anew()
         self._age += 1
-        if self._age == self.config.hold and not self.frozen and self.n_rows * n_used >= OVERLAP_MIN:
+        if self._age == self.config.steps_held and not self.frozen and self.n_rows * n_used >= OVERLAP_MIN:
             self._select_beside()
 
     def _widen(self, n_used: int, turn: int, every: int) -> tuple[np.ndarray, ...]:
@@ -344,6 +343,7 @@ class Session:
     def _restore(self, saved: tuple[np.ndarray, ...]) -> None:
         rows, blocks, self.n_listed[rows], self.n_free[rows], self.shares[rows] = saved
         self.blocks[rows, : blocks.shape[1]] = blocks
+        self.attached.choose_anew()
 
     def _use(self, predictor: predictors.Predictor) -> None:
         self.predictor = predictor

@@ -151,6 +151,8 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         s.q_power  .resize(rows*dim, 1.0f);
         s.n_done   .resize(rows);
         s.n_free   .resize(rows);
+        s.pause    .resize(rows);
+        s.wait     .resize(rows);
         s.weights  .resize(rows*info.n_blocks, 1.0f);
         s.estimates.resize(rows*info.n_blocks);
         s.rest_to_chosen.resize(rows);

@@ -40,8 +40,8 @@ struct kvcast_summary {
     std::vector<float>   weights;
     int free_begin = 0;
     int free_end   = 0;
-    int turn       = 0;
-    int n_turns    = 1;
+    std::vector<int> pause; // [row] steps from one choice to the next, less one
+    std::vector<int> wait;  // [row] steps until the next choice
     std::vector<float>   estimates; // [row][cache blocks]
     std::vector<float>   rest_to_chosen; // [row] estimates of what is not attended to / of the chosen blocks
     std::vector<float>   shares;    // [row]
@@ -71,6 +71,7 @@ struct kvcast_layer {
     std::atomic<int>                    next_chunk{0};
     std::unique_ptr<std::atomic<int>[]> chunks_done;  // [n_head_kv]
     std::atomic<int>                    heads_chosen{0};
+    std::atomic<int>                    n_chose{0};   // of them, those that did not pause
     int64_t                             choose_begin_us = 0;
 };
 

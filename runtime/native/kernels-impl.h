@@ -424,6 +424,18 @@ void estimate(const kvcast::estimate_task & t) {
 
     for (int b0 = t.begin; b0 < t.end; b0 += BLOCK) {
         const int8_t * means = t.means + (size_t) b0*t.dim;
+#if defined(__GNUC__)
+        if (b0 + 2*BLOCK < t.end) { // many short streams: the hardware does not foresee them
+            for (int i = 0; i < t.dim*BLOCK; i += 64) {
+                __builtin_prefetch(means + 2*t.dim*BLOCK + i);
+            }
+            for (int i = 0; i < t.n_channels; ++i) {
+                for (int j = 0; j < BLOCK*BLOCK; j += 64) {
+                    __builtin_prefetch(t.channels[i] + (size_t) (b0 + 2*BLOCK)*BLOCK + j);
+                }
+            }
+        }
+#endif
         for_query_runs(t.n_q, [&](auto count, int iq) {
             vf acc[count][V];
             for (int q = 0; q < count; ++q) {

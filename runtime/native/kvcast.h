@@ -62,6 +62,7 @@ struct kvcast_stats {
     int64_t attention_us;   // time in the attention op of those steps, first thread in to last thread out
     int64_t blocks_read;    // blocks read by those steps, summed over layers and KV heads
     int64_t choose_us;      // time in choosing blocks, likewise
+    int64_t summary_bytes_read; // by choosing
 };
 
 LLAMA_API const char * kvcast_version(void);
@@ -94,8 +95,9 @@ LLAMA_API int32_t * kvcast_n_listed(struct kvcast_context * kv); // [n_layer][n_
 LLAMA_API int32_t * kvcast_n_free (struct kvcast_context * kv); // [n_layer][n_head_kv]
 LLAMA_API float   * kvcast_weights(struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
 LLAMA_API void      kvcast_set_free_range(struct kvcast_context * kv, int32_t begin, int32_t end);
-// Of every n_turns layers, only number `turn` chooses in the next steps; the others attend to what they chose last. n_turns 1: all.
-LLAMA_API void      kvcast_set_turn(struct kvcast_context * kv, int32_t turn, int32_t n_turns);
+// Makes every row choose in the next step. It must be called when lists, n_free or the range were changed; otherwise rows
+// whose choice hardly changes choose again only at every second, then at every fourth step, and keep it in between.
+LLAMA_API void      kvcast_choose_anew(struct kvcast_context * kv);
 // Which channels the summary keeps, from the store and the queries of the last history batch; before its first use, and
 // again when the content has changed much. Costs a pass over 64 blocks of every layer; the keys themselves are summarised in the steps.
 LLAMA_API void      kvcast_prepare_summary(struct kvcast_context * kv);

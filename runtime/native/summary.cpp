@@ -10,6 +10,8 @@
 namespace {
 
 constexpr float LOG2_E = 1.442695041f;
+constexpr int STEADY = 4;    // a row is steady when less than one in so many of its chosen blocks is new
+constexpr int PAUSE_MAX = 3; // steps that a steady row keeps its choice
 constexpr int SAMPLE = 64; // blocks that the choice of channels looks at
 
 int8_t code_of(float x, float center, float scale) {
@@ -151,14 +153,27 @@ void choose(kvcast_context & kv, size_t row) {
     std::nth_element(sorted.begin(), sorted.begin() + (n_free - 1), sorted.end(), std::greater<>());
     const float threshold = sorted[n_free - 1];
     int n_equal = n_free - (int) std::count_if(sorted.begin(), sorted.begin() + n_free, [&](float v) { return v > threshold; });
-    int n = n_listed;
+    static thread_local std::vector<int32_t> before;
+    before.assign(list + n_listed, list + n_listed + n_free);
+    int n = n_listed, n_new = 0;
+    size_t p = 0;
     for (int b = s.free_begin; b < s.free_end; ++b) {
         const float v = value[b - s.free_begin];
         if (v > threshold || (v == threshold && n_equal-- > 0)) {
             list[n++] = b;
             chosen += estimate[b];
+            while (p < before.size() && before[p] < b) {
+                ++p;
+            }
+            n_new += p == before.size() || before[p] != b;
         }
     }
+    if (n_new*STEADY >= n_free) {
+        s.pause[row] = 0;
+    } else {
+        s.pause[row] = std::min(2*s.pause[row] + 1, PAUSE_MAX);
+    }
+    s.wait[row] = s.pause[row];
     s.rest_to_chosen[row] = chosen > 0 ? std::max(rest - chosen, 0.0f)/chosen : 0.0f;
 }
 
@@ -196,8 +211,7 @@ void op_choose(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
     const int n_chunks = (s.free_end + chunk - 1)/chunk;
     const size_t first = (size_t) layer.id*info.n_head_kv;
 
-    if (kv.abort || layer.id % s.n_turns != s.turn % s.n_turns ||
-            std::all_of(&s.n_free[first], &s.n_free[first] + info.n_head_kv, [](int n) { return n == 0; })) {
+    if (kv.abort) {
         return;
     }
     while (true) {
@@ -210,25 +224,31 @@ void op_choose(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
         }
         const int head = p/n_chunks;
         const size_t row = first + head;
+        const bool chooses = s.n_free[row] > 0 && s.wait[row] == 0;
         const int begin = p%n_chunks*chunk;
         const int end   = std::min(begin + chunk, s.free_end);
 
-        const rows k = head_rows(dst->src[1], head);
-        if (end > s.n_done[row]) {
-            std::vector<float> keys((size_t) KVCAST_BLOCK*k.n);
-            for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
-                summarise_block(s, row, k, b, keys.data());
+        if (chooses) {
+            const rows k = head_rows(dst->src[1], head);
+            if (end > s.n_done[row]) {
+                std::vector<float> keys((size_t) KVCAST_BLOCK*k.n);
+                for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
+                    summarise_block(s, row, k, b, keys.data());
+                }
             }
+            estimate(layer, dst->src[0], k, head, begin, end, &s.estimates[row*info.n_blocks]);
         }
-        estimate(layer, dst->src[0], k, head, begin, end, &s.estimates[row*info.n_blocks]);
-
         if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
-            s.n_done[row] = std::max(s.n_done[row], s.free_end);
-            if (s.n_free[row] > 0) {
+            if (chooses) {
+                s.n_done[row] = std::max(s.n_done[row], s.free_end);
                 choose(kv, row);
+                layer.n_chose.fetch_add(1, std::memory_order_relaxed);
+            } else if (s.wait[row] > 0) {
+                s.wait[row]--;
             }
             if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == info.n_head_kv) {
                 kv.stats.choose_us += ggml_time_us() - layer.choose_begin_us;
+                kv.stats.summary_bytes_read += (int64_t) layer.n_chose.exchange(0)*s.free_end*(s.n_probed*KVCAST_BLOCK + info.head_dim_k);
             }
         }
     }
@@ -328,9 +348,9 @@ void kvcast_set_free_range(kvcast_context * kv, int32_t begin, int32_t end) {
     }
 }
 
-void kvcast_set_turn(kvcast_context * kv, int32_t turn, int32_t n_turns) {
+void kvcast_choose_anew(kvcast_context * kv) {
     if (kv->summary) {
-        kv->summary->turn    = turn;
-        kv->summary->n_turns = std::max(1, n_turns);
+        std::fill(kv->summary->pause.begin(), kv->summary->pause.end(), 0);
+        std::fill(kv->summary->wait .begin(), kv->summary->wait .end(), 0);
     }
 }
