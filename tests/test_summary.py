@@ -97,7 +97,7 @@ def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
         estimated = (attached.estimates[..., 1:60] != before[..., 1:60]).any(-1)
         # the first choice is all new, the second steady: then a pause of one step, then of three
         assert estimated[::2].all() == (i in (0, 1, 3)), i
-        assert estimated[1::2].any() and not estimated[::2].any() or i in (0, 1, 3)
+        assert (estimated[1::2].any() and not estimated[::2].any()) or i in (0, 1, 3)
         assert (chosen[-1][::2] == np.arange(10, 15)).all()
     assert n_blocks == 128 and (chosen[0][1::2] != chosen[-1][1::2]).any()
     attached.choose_anew()

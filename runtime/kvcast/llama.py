@@ -60,7 +60,7 @@ class Llama(llama_cpp.Llama):
             kwargs.update(offload_kqv=False, flash_attn=True)
         header = read_header(model_path)
         n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
-        _check_memory(header, n_ctx, kwargs)
+        _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
             super().__init__(os.fspath(model_path), **kwargs)
         except ValueError as error:
@@ -319,11 +319,13 @@ def _closest(name: str) -> str | None:
     return found[0] if found else None
 
 
-def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any]) -> None:
+def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: bool) -> None:
     """Refuse a KV cache that memory cannot hold: allocating it would get the process killed."""
     if kwargs.get("vocab_only"):
         return
     need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1)
+    if summary:  # a quarter of K's channels and a sixteenth of them all, one byte each
+        need += header.store_bytes(n_ctx) * 5 // 64
     free = psutil.virtual_memory().available
     if need > free and not (kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True)):
         per_token = header.store_bytes(256) / 256
