@@ -83,7 +83,6 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
 @pytest.mark.parametrize("n_threads", [1, 5])
 def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
     llm, attached, tokens, _ = attach(smollm2, code, F16, n_threads)
-    n_blocks = attached.info.n_blocks
     attached.blocks[..., :2] = [0, 62]
     attached.n_listed[:], attached.n_free[:] = 2, 5
     attached.set_free_range(1, 60)
@@ -96,10 +95,10 @@ def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
         chosen.append(attached.blocks[..., 2:7].copy())
         estimated = (attached.estimates[..., 1:60] != before[..., 1:60]).any(-1)
         # the first choice is all new, the second steady: then a pause of one step, then of three
-        assert estimated[::2].all() == (i in (0, 1, 3)), i
-        assert (estimated[1::2].any() and not estimated[::2].any()) or i in (0, 1, 3)
+        assert (estimated[::2] == (i in (0, 1, 3))).all(), i
+        assert estimated[1::2].any(), i  # among the other rows some never are steady
         assert (chosen[-1][::2] == np.arange(10, 15)).all()
-    assert n_blocks == 128 and (chosen[0][1::2] != chosen[-1][1::2]).any()
+    assert (chosen[0][1::2] != chosen[-1][1::2]).any()
     attached.choose_anew()
     before = attached.estimates.copy()
     llm.eval([tokens[N + 6]])

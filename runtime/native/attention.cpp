@@ -1,4 +1,4 @@
-// The two graph nodes: attention over listed blocks (sparse mode), block scores beside flash attention (history mode).
+// The two graph nodes: attention over listed and chosen blocks (sparse mode), block scores beside flash attention (history mode).
 #include "context.h"
 #include "kvcast-graph.h"
 
@@ -6,19 +6,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <thread>
 
-using kvcast::rows;
 using kvcast::task;
+using kvcast::thread_scratch;
 
 namespace {
-
-float * thread_scratch(size_t n) {
-    static thread_local std::vector<float> buffer;
-    if (buffer.size() < n) {
-        buffer.resize(n);
-    }
-    return buffer.data();
-}
 
 void keep_trace(const kvcast_context & kv, const ggml_tensor * q, int layer) {
     const auto & info = kv.info;
@@ -114,7 +107,7 @@ void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
     }
 }
 
-void op_attend(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
+void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
     auto & layer = *static_cast<kvcast_layer *>(userdata);
     auto & kv    = *layer.kv;
     const auto & info = kv.info;
@@ -123,6 +116,9 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
 
     if (kv.abort) {
         return; // the step's result is thrown away
+    }
+    if (kv.summary) {
+        kvcast::choose_blocks(layer, q, dst->src[1], nth);
     }
     while (true) {
         const int p = layer.next.fetch_add(1, std::memory_order_relaxed);
@@ -134,24 +130,20 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
         }
         const auto & part = layer.parts[p];
         const int size = part.end - part.begin;
+        while (kv.summary && !layer.chosen[part.head].load(std::memory_order_acquire)) {
+            std::this_thread::yield(); // another thread is at it
+        }
         const size_t n_work = (size_t) group*size*KVCAST_BLOCK + KVCAST_BLOCK*std::max(info.head_dim_k, info.head_dim_v);
         float * work    = thread_scratch(n_work + group*info.head_dim_k);
         float * queries = work + n_work;
         kvcast::pack_queries(q, part.head, group, 0, 1, layer.scale, queries);
-        int32_t q_pos[64];
+        int32_t q_pos[kvcast::MAX_GROUP];
         std::fill_n(q_pos, group, kv.q_pos[0]);
 
-        task t = {};
-        t.k             = kvcast::head_rows(dst->src[1], part.head);
+        task t = kv.task_of(kvcast::head_rows(dst->src[1], part.head), queries, q_pos, group, work);
         t.v             = kvcast::head_rows(dst->src[2], part.head);
         t.blocks        = &kv.blocks[((size_t) layer.id*info.n_head_kv + part.head)*info.n_blocks + part.begin];
         t.n_blocks      = size;
-        t.cell_pos      = kv.cell_pos.data();
-        t.block_max_pos = kv.block_max_pos.data();
-        t.q             = queries;
-        t.q_pos         = q_pos;
-        t.n_q           = group;
-        t.work          = work;
         t.max           = &kv.part_max[(size_t) p*group];
         t.sum           = &kv.part_sum[(size_t) p*group];
         t.out           = &kv.part_out[(size_t) p*group*info.head_dim_v];
@@ -196,16 +188,9 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
             q_pos[i] = kv.q_pos[part.begin + i/group];
         }
 
-        task t = {};
-        t.k             = kvcast::head_rows(dst->src[1], part.head);
+        task t = kv.task_of(kvcast::head_rows(dst->src[1], part.head), queries, q_pos.data(), n_q, work);
         t.blocks        = kv.all_blocks.data();
         t.n_blocks      = n;
-        t.cell_pos      = kv.cell_pos.data();
-        t.block_max_pos = kv.block_max_pos.data();
-        t.q             = queries;
-        t.q_pos         = q_pos.data();
-        t.n_q           = n_q;
-        t.work          = work;
         t.block_sum     = block_sum;
         t.block_max     = block_max;
         kv.kernels->score(t);
@@ -269,6 +254,26 @@ public:
 
 } // namespace
 
+float * kvcast::thread_scratch(size_t n) {
+    static thread_local std::vector<float> buffer;
+    if (buffer.size() < n) {
+        buffer.resize(n);
+    }
+    return buffer.data();
+}
+
+task kvcast_context::task_of(const kvcast::rows & k, const float * q, const int32_t * q_pos, int n_q, float * work) const {
+    task t = {};
+    t.k             = k;
+    t.cell_pos      = cell_pos.data();
+    t.block_max_pos = block_max_pos.data();
+    t.q             = q;
+    t.q_pos         = q_pos;
+    t.n_q           = n_q;
+    t.work          = work;
+    return t;
+}
+
 std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp) {
     return std::make_unique<attn_input>(*inp);
 }
@@ -276,18 +281,15 @@ std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_g
 ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il) {
     const int64_t n_tokens = q->ne[2];
-    GGML_ASSERT(kv->group() <= 64);
+    GGML_ASSERT(kv->group() <= kvcast::MAX_GROUP);
     if (n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
         return nullptr;
     }
     auto * layer = kv->layers[il].get();
     layer->scale = kq_scale;
-    ggml_tensor * args[] = {q, k, v, nullptr};
+    ggml_tensor * args[] = {q, k, v};
     if (mode == KVCAST_SPARSE) {
-        if (kv->summary) {
-            args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, kvcast::op_choose, GGML_N_TASKS_MAX, layer);
-        }
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, args[3] ? 4 : 3, op_attend, GGML_N_TASKS_MAX, layer);
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);
     }
     ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_score, GGML_N_TASKS_MAX, layer));
     return nullptr;

@@ -131,6 +131,7 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         layer->n_parts.resize(info.n_head_kv);
         layer->parts_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
         layer->chunks_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
+        layer->chosen = std::make_unique<std::atomic<bool>[]>(info.n_head_kv);
         kv->layers.push_back(std::move(layer));
     }
     kv->part_block_sum.resize((size_t) info.n_head_kv*group*info.n_blocks);
@@ -277,7 +278,16 @@ void kvcast_context::plan_sparse() {
         }
         const int size = std::clamp(total/(4*n_threads), 4, 64);
         layer->parts.clear();
+        layer->choosers.clear();
         for (int h = 0; h < info.n_head_kv; ++h) {
+            const size_t row = (size_t) layer->id*info.n_head_kv + h;
+            const bool chooses = summary && summary->n_free[row] > 0 && summary->wait[row] == 0;
+            layer->chosen[h] = !chooses;
+            if (chooses) {
+                layer->choosers.push_back(h);
+            } else if (summary && summary->wait[row] > 0) {
+                summary->wait[row]--;
+            }
             const int n_parts = (n[h] + size - 1)/size;
             for (int i = 0; i < n_parts; ++i) {
                 layer->parts.push_back({h, (int) ((int64_t) n[h]*i/n_parts), (int) ((int64_t) n[h]*(i + 1)/n_parts)});

@@ -68,11 +68,12 @@ struct kvcast_layer {
     int64_t                             begin_us = 0;
 
     // choosing blocks: chunks of blocks of one KV head, chunk by chunk, head by head
-    std::atomic<int>                    next_chunk{0};
-    std::unique_ptr<std::atomic<int>[]> chunks_done;  // [n_head_kv]
-    std::atomic<int>                    heads_chosen{0};
-    std::atomic<int>                    n_chose{0};   // of them, those that did not pause
-    int64_t                             choose_begin_us = 0;
+    std::vector<int>                     choosers;     // heads that choose in this step
+    std::atomic<int>                     next_chunk{0};
+    std::unique_ptr<std::atomic<int>[]>  chunks_done;  // [n_head_kv]
+    std::unique_ptr<std::atomic<bool>[]> chosen;       // [n_head_kv] the list is complete
+    std::atomic<int>                     heads_chosen{0};
+    int64_t                              choose_begin_us = 0;
 };
 
 struct kvcast_context {
@@ -125,6 +126,9 @@ struct kvcast_context {
     // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
     int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_free[row] : 0); }
 
+    // what the kernels need to know of every block of a layer, for n_q packed queries
+    kvcast::task task_of(const kvcast::rows & k, const float * q, const int32_t * q_pos, int n_q, float * work) const;
+
     // of a layer, before choosing: which channels to keep, from a sample of its keys and the recent queries
     void prepare_summary(int layer);
     void note_queries(int layer, const ggml_tensor * q);
@@ -139,11 +143,14 @@ private:
 
 namespace kvcast {
 
+// floats of this thread, `n` at least; the content is lost at the next call
+float * thread_scratch(size_t n);
 // K or V of one head, of a view of the cache [head_dim, n_head_kv, n_cells]
 rows head_rows(const ggml_tensor * t, int head);
 // queries [begin, end) of the group of a KV head, scaled: dst [(end - begin)*group][head_dim]
 void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst);
-// graph node: every KV head chooses its n_free blocks (summary.cpp)
-void op_choose(ggml_tensor * dst, int ith, int nth, void * userdata);
+// Every KV head of a layer chooses its n_free blocks (summary.cpp). Called by all threads of the attention node; returns when
+// there is nothing left to take up: a head's list is complete when layer.chosen says so.
+void choose_blocks(kvcast_layer & layer, const ggml_tensor * q, const ggml_tensor * k, int n_threads);
 
 } // namespace kvcast

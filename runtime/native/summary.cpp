@@ -1,4 +1,4 @@
-// Blocks chosen within the step, by the step's own query: the summary of the keys, and the graph node that reads it.
+// Blocks chosen within the step, by the step's own query: the summary of the keys, and the choice by it.
 #include "context.h"
 
 #include "llama-kv-cache.h"
@@ -24,11 +24,13 @@ void row_as_floats(const kvcast::rows & r, size_t cell, float * dst) {
     to_float(src, dst, r.n);
 }
 
-void summarise_block(kvcast_summary & s, size_t row, const kvcast::rows & k, int block, float * keys) {
+void summarise_block(kvcast_summary & s, size_t row, const kvcast::rows & k, int block) {
     const int dim = k.n;
+    float * keys = kvcast::thread_scratch((size_t) (KVCAST_BLOCK + 1)*dim);
+    float * mean = keys + KVCAST_BLOCK*dim;
+    std::fill_n(mean, dim, 0.0f);
     const float * center = &s.center[row*dim];
     const float * scale  = &s.scale [row*dim];
-    std::vector<float> mean(dim);
     for (int j = 0; j < KVCAST_BLOCK; ++j) {
         row_as_floats(k, (size_t) block*KVCAST_BLOCK + j, keys + j*dim);
         for (int i = 0; i < dim; ++i) {
@@ -55,34 +57,29 @@ void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::r
     const int group = kv.group();
     const size_t row = (size_t) layer.id*kv.info.n_head_kv + head;
 
-    std::vector<float> queries(group*dim);
-    kvcast::pack_queries(q, head, group, 0, 1, layer.scale, queries.data());
+    float * queries   = kvcast::thread_scratch(2*group*dim + (size_t) KVCAST_BLOCK*(dim + group) + group*(6 + s.n_probed));
+    float * mean_q    = queries   + group*dim;
+    float * channel_q = mean_q    + group*dim;
+    float * work      = channel_q + group*s.n_probed;
+    float * block_max = work      + KVCAST_BLOCK*(dim + group);
+    float * block_sum = block_max + 2*group;
+    float * offset    = block_sum + 2*group;
+    kvcast::pack_queries(q, head, group, 0, 1, layer.scale, queries);
 
     // logits of different tokens may lie hundreds apart (Qwen 2.5): measure from what is exactly known
     const int32_t first_and_newest[2] = {0, kv.n_used_blocks - 1};
-    std::vector<float> work(KVCAST_BLOCK*(dim + group)), block_max(2*group), block_sum(2*group);
-    std::vector<int32_t> q_pos(group, kv.q_pos[0]);
-    kvcast::task ends = {};
-    ends.k             = k;
+    int32_t q_pos[kvcast::MAX_GROUP];
+    std::fill_n(q_pos, group, kv.q_pos[0]);
+    kvcast::task ends = kv.task_of(k, queries, q_pos, group, work);
     ends.blocks        = first_and_newest;
     ends.n_blocks      = 2;
-    ends.cell_pos      = kv.cell_pos.data();
-    ends.block_max_pos = kv.block_max_pos.data();
-    ends.q             = queries.data();
-    ends.q_pos         = q_pos.data();
-    ends.n_q           = group;
-    ends.work          = work.data();
-    ends.block_sum     = block_sum.data();
-    ends.block_max     = block_max.data();
+    ends.block_sum     = block_sum;
+    ends.block_max     = block_max;
     kv.kernels->score(ends);
-    std::vector<float> reference(group);
-    for (int g = 0; g < group; ++g) {
-        const float m = std::max(block_max[2*g], block_max[2*g + 1]);
-        reference[g] = m + std::log(block_sum[2*g]*std::exp(block_max[2*g] - m) + block_sum[2*g + 1]*std::exp(block_max[2*g + 1] - m));
-    }
 
     // the channels to look at: where this query and the keys move most
-    std::vector<std::pair<float, int>> order(s.n_channels); // (importance, index among the kept channels)
+    static thread_local std::vector<std::pair<float, int>> order; // (importance, index among the kept channels)
+    order.resize(s.n_channels);
     for (int c = 0; c < s.n_channels; ++c) {
         const int i = s.channels[row*s.n_channels + c];
         float sum = 0;
@@ -93,10 +90,11 @@ void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::r
     }
     std::partial_sort(order.begin(), order.begin() + s.n_probed, order.end(), std::greater<>());
 
-    std::vector<const int8_t *> channels(s.n_probed);
-    std::vector<float> channel_q(group*s.n_probed), mean_q(group*dim), offset(group);
+    const int8_t * channels[kvcast::MAX_CHANNELS];
     for (int g = 0; g < group; ++g) {
-        offset[g] = -LOG2_E*(reference[g] + std::log((float) group));
+        const float m = std::max(block_max[2*g], block_max[2*g + 1]);
+        const float reference = m + std::log(block_sum[2*g]*std::exp(block_max[2*g] - m) + block_sum[2*g + 1]*std::exp(block_max[2*g + 1] - m));
+        offset[g] = -LOG2_E*(reference + std::log((float) group));
         for (int i = 0; i < dim; ++i) {
             const float x = LOG2_E*queries[g*dim + i];
             mean_q[g*dim + i] = x*s.scale[row*dim + i];
@@ -111,13 +109,13 @@ void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::r
         }
     }
     kvcast::estimate_task t = {};
-    t.channels   = channels.data();
+    t.channels   = channels;
     t.means      = &s.means[row*s.n_blocks*dim];
     t.n_channels = s.n_probed;
     t.dim        = dim;
-    t.channel_q  = channel_q.data();
-    t.mean_q     = mean_q.data();
-    t.offset     = offset.data();
+    t.channel_q  = channel_q;
+    t.mean_q     = mean_q;
+    t.offset     = offset;
     t.n_q        = group;
     t.begin      = begin;
     t.end        = end;
@@ -201,54 +199,40 @@ void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end
     }
 }
 
-void op_choose(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
-    auto & layer = *static_cast<kvcast_layer *>(userdata);
+void choose_blocks(kvcast_layer & layer, const ggml_tensor * q, const ggml_tensor * k, int n_threads) {
     auto & kv    = *layer.kv;
     auto & s     = *kv.summary;
     const auto & info = kv.info;
     // blocks of one head that one thread estimates at a time, a multiple of 16: some chunks for each thread, but not small ones
-    const int chunk = std::clamp(s.free_end*info.n_head_kv/(3*nth) + 15, 128, 1024)/16*16;
+    const int chunk = std::clamp(s.free_end*info.n_head_kv/(3*n_threads) + 15, 128, 1024)/16*16;
     const int n_chunks = (s.free_end + chunk - 1)/chunk;
-    const size_t first = (size_t) layer.id*info.n_head_kv;
 
-    if (kv.abort) {
-        return;
-    }
     while (true) {
         const int p = layer.next_chunk.fetch_add(1, std::memory_order_relaxed);
-        if (p >= n_chunks*info.n_head_kv) {
+        if (p >= n_chunks*(int) layer.choosers.size()) {
             return;
         }
         if (p == 0) {
             layer.choose_begin_us = ggml_time_us();
         }
-        const int head = p/n_chunks;
-        const size_t row = first + head;
-        const bool chooses = s.n_free[row] > 0 && s.wait[row] == 0;
+        const int head = layer.choosers[p/n_chunks];
+        const size_t row = (size_t) layer.id*info.n_head_kv + head;
         const int begin = p%n_chunks*chunk;
         const int end   = std::min(begin + chunk, s.free_end);
 
-        if (chooses) {
-            const rows k = head_rows(dst->src[1], head);
-            if (end > s.n_done[row]) {
-                std::vector<float> keys((size_t) KVCAST_BLOCK*k.n);
-                for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
-                    summarise_block(s, row, k, b, keys.data());
-                }
-            }
-            estimate(layer, dst->src[0], k, head, begin, end, &s.estimates[row*info.n_blocks]);
+        const rows keys = head_rows(k, head);
+        for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
+            summarise_block(s, row, keys, b);
         }
+        estimate(layer, q, keys, head, begin, end, &s.estimates[row*info.n_blocks]);
+
         if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
-            if (chooses) {
-                s.n_done[row] = std::max(s.n_done[row], s.free_end);
-                choose(kv, row);
-                layer.n_chose.fetch_add(1, std::memory_order_relaxed);
-            } else if (s.wait[row] > 0) {
-                s.wait[row]--;
-            }
-            if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == info.n_head_kv) {
+            s.n_done[row] = std::max(s.n_done[row], s.free_end);
+            choose(kv, row);
+            layer.chosen[head].store(true, std::memory_order_release);
+            if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == (int) layer.choosers.size()) {
                 kv.stats.choose_us += ggml_time_us() - layer.choose_begin_us;
-                kv.stats.summary_bytes_read += (int64_t) layer.n_chose.exchange(0)*s.free_end*(s.n_probed*KVCAST_BLOCK + info.head_dim_k);
+                kv.stats.summary_bytes_read += (int64_t) layer.choosers.size()*s.free_end*(s.n_probed*KVCAST_BLOCK + info.head_dim_k);
             }
         }
     }
