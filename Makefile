@@ -4,13 +4,29 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test lint bench patches reference clean
+.PHONY: demo test test-vulkan lint bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed lint reference
 	$(BIN)/python -m pytest
+
+# The device path on a device that is not the CPU. Needs Vulkan's headers, glslc and a driver; software will do (Debian:
+# mesa-vulkan-drivers libvulkan-dev glslc spirv-headers).
+VULKAN := build/vulkan/site
+test-vulkan: $(VENV)/.installed $(VULKAN)/.built
+	rm -rf $(VULKAN)/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data $(VULKAN)/kvcast/ && cp -r predictor_onnx $(VULKAN)/
+	GGML_VK_VISIBLE_DEVICES=0 PYTHONPATH=$(VULKAN) $(BIN)/python -m pytest -s tests/vulkan
+
+$(VULKAN)/.built: $(wildcard runtime/native/* patches/* tests/vulkan/*.patch) runtime/CMakeLists.txt $(VENV)/.installed
+	rm -rf build/vulkan/source && mkdir -p build/vulkan && cp -r vendor/llama.cpp build/vulkan/source
+	patch --quiet -p1 -d build/vulkan/source < tests/vulkan/older-headers.patch
+	$(BIN)/cmake -S runtime -B build/vulkan/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DGGML_VULKAN=ON -DKVCAST_LLAMA=$(abspath build/vulkan/source) > build/vulkan/build.log
+	$(BIN)/cmake --build build/vulkan/build --target kvcast_libraries >> build/vulkan/build.log
+	$(BIN)/cmake --install build/vulkan/build --prefix $(VULKAN) > /dev/null
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

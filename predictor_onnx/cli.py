@@ -215,6 +215,7 @@ def evaluate(
     budgets: Annotated[str, typer.Option(help="Comma-separated: spread, uniform.")] = "spread",
     calibrate: Annotated[str, typer.Option(help="Comma-separated: auto, summary, dense:M, host:M, off.")] = "auto",
     hold: Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")] = None,
+    where: Annotated[str, typer.Option("--path", help="host or device.")] = "host",
     threads: Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
@@ -224,7 +225,7 @@ def evaluate(
     from kvcast.evaluate import measure
 
     configs = [
-        SparseConfig(budget=b, predictor=p, budgets=spread, calibrate=c, hold=hold)
+        SparseConfig(budget=b, predictor=p, budgets=spread, calibrate=c, hold=hold, path=where)
         for b in budget or [512]
         for spread in budgets.split(",")
         for c in calibrate.split(",")
@@ -233,7 +234,8 @@ def evaluate(
     path = fetched(model)
     names = text or [str(DEFAULT_TEXT)]
     traced = any(c.predictor == "quest" for c in configs)
-    start = SparseConfig(predictor="quest" if traced else "ema", calibrate="summary")
+    largest = max(c.budget for c in configs)
+    start = SparseConfig(largest, predictor="quest" if traced else "ema", calibrate="summary", path=where)
     report: dict[str, Any] = {"model": path.name, "context": context, "steps": steps, "documents": {}}
     more = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=context + steps + 64, sparse=start, verbose=False, **more)) as llm:

@@ -84,3 +84,20 @@ def summary(keys, q_power, n_channels, n_probed, q):
     rest = np.setdiff1d(np.arange(d), probed)
     base = coded(keys.mean(1))[:, rest] @ q[:, rest].T  # (n_blocks, group)
     return np.einsum("bjc,gc->gbj", coded(keys)[:, :, probed], q[:, probed]) + base.T[:, :, None]
+
+
+def difference(table, n_slots, wanted, first):
+    """Blocks to bring to each row, and the slots that may take them: those that hold nothing wanted."""
+    moves = []
+    for row, blocks in enumerate(wanted):
+        there = set(table[row, first : n_slots[row]].tolist())
+        missing = [b for b in blocks if b not in there]
+        free = [s for s in range(first, n_slots[row]) if table[row, s] not in blocks]
+        moves.append(list(zip(free, missing)))
+    return moves
+
+
+def gather(rows_of_layers, head_bytes, moves):
+    """rows_of_layers: (n_cells, row_bytes) by layer; moves: (layer, head, block)."""
+    blocks = [rows_of_layers[layer][b * 16 : b * 16 + 16, h * head_bytes : (h + 1) * head_bytes] for layer, h, b in moves]
+    return np.concatenate([b.ravel() for b in blocks])

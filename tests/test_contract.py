@@ -53,6 +53,11 @@ def forced(llm, tokens, n_context=N_CONTEXT):
     return np.stack(rows)
 
 
+@pytest.fixture(params=["host", "device"])
+def path(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=["smollm2", "qwen"])
 def model(request):
     return request.param, request.getfixturevalue(request.param)
@@ -80,18 +85,18 @@ def test_contract_1_sparse_none_equals_an_unpatched_build(model, dense, tmp_path
     np.testing.assert_array_equal(np.load(out), dense[0])
 
 
-def test_contract_2_budget_over_context(model, dense):
+def test_contract_2_budget_over_context(model, dense, path):
     expected, tokens, _ = dense
-    name, path = model
+    name, file = model
     make = {"n_ctx": N_CONTEXT + 256, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
-    with_all = Llama(path, sparse=SparseConfig(budget=2 * N_CONTEXT), **make)
+    with_all = Llama(file, sparse=SparseConfig(budget=2 * N_CONTEXT, path=path), **make)
     got = forced(with_all, tokens)
     with_all.close()
-    without_flash = Llama(path, flash_attn=False, **make)
+    without_flash = Llama(file, flash_attn=False, **make)
     own = np.abs(forced(without_flash, tokens) - expected)
     without_flash.close()
     difference = np.abs(got - expected)
-    print(f"\n{name}: logits differ by {difference.max():.3f} at most, {difference.mean():.4f} in the mean;")
+    print(f"\n{name}, {path} path: logits differ by {difference.max():.3f} at most, {difference.mean():.4f} in the mean;")
     print(f"dense with flash attention off and on: {own.max():.3f}, {own.mean():.4f}")
     assert difference.max() <= LOGIT_DIFFERENCE[name]
     assert difference.mean() <= 1.5 * own.mean()
@@ -101,7 +106,7 @@ def test_contract_2_budget_over_context(model, dense):
     np.testing.assert_array_equal(got.argmax(1)[clear], expected.argmax(1)[clear])
 
 
-def test_contract_3_rows_of_the_store(model, dense, code):
+def test_contract_3_rows_of_the_store(model, dense, path):
     _, tokens, _ = dense
     n_prompt = 1024
     stock = Llama(model[1], n_ctx=2048, flash_attn=True, offload_kqv=False, n_threads=2, n_threads_batch=2, verbose=False)
@@ -109,7 +114,7 @@ def test_contract_3_rows_of_the_store(model, dense, code):
         stock.eval(batch)
     for token in tokens[n_prompt : n_prompt + 40]:
         stock.eval([token])
-    sparse = Llama(model[1], n_ctx=2048, sparse=SparseConfig(budget=256), n_threads=2, n_threads_batch=2, verbose=False)
+    sparse = Llama(model[1], n_ctx=2048, sparse=SparseConfig(budget=256, path=path), n_threads=2, n_threads_batch=2, verbose=False)
     sparse.eval(tokens[:n_prompt])
     for token in tokens[n_prompt : n_prompt + 40]:
         sparse.eval([token])

@@ -18,10 +18,11 @@ def agree(sparse, dense, bound):
         assert a.argmax() == b.argmax()
 
 
-def test_50_random_edits(smollm2, code):
+@pytest.mark.parametrize("path", ["host", "device"])
+def test_50_random_edits(smollm2, code, path):
     rng = np.random.default_rng(7)
     make = {"n_ctx": 1536, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
-    sparse = Llama(smollm2, sparse=SparseConfig(budget=1536), **make)
+    sparse = Llama(smollm2, sparse=SparseConfig(budget=1536, path=path), **make)
     dense = Llama(smollm2, flash_attn=True, offload_kqv=False, **make)
     text = sparse.tokenize(code.encode())
     both = (sparse, dense)
@@ -61,6 +62,7 @@ def test_50_random_edits(smollm2, code):
                 llm.load_state(state)
             run(text[start : start + 3])
         agree(sparse, dense, LOGIT_DIFFERENCE["smollm2"])
+        assert path == "host" or sparse.session.attached.verify_pool() == 0
         if sparse.n_tokens > 1200:
             for llm in both:
                 llm.n_tokens = 500
@@ -141,10 +143,11 @@ def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
     llm.close()
 
 
-def test_interrupt_keeps_the_session(smollm2, code):
+@pytest.mark.parametrize("path", ["host", "device"])
+def test_interrupt_keeps_the_session(smollm2, code, path):
     """An abort between two nodes, at every kind of step, then on as if nothing had been."""
     make = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
-    llm, other = (Llama(smollm2, sparse=SparseConfig(budget=2048), **make) for _ in range(2))
+    llm, other = (Llama(smollm2, sparse=SparseConfig(budget=2048, path=path), **make) for _ in range(2))
     tokens = llm.tokenize(code.encode())
     for x in (llm, other):
         x.eval(tokens[:600])

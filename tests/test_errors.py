@@ -66,7 +66,8 @@ def test_budget_below_sink_and_window():
 @pytest.mark.parametrize(
     "wrong",
     [{"sink": 20}, {"window": 0}, {"hold": 0}, {"predictor": "magic"}, {"calibrate": "often"}, {"calibrate": "dense:0"},
-     {"budget": 512.5}, {"compression": 0.5}, {"budgets": "even"}, {"path": "moon"}],
+     {"budget": 512.5}, {"compression": 0.5}, {"budgets": "even"}, {"path": "moon"},
+     {"budget": 400, "path": "device"}, {"compression": 8.0, "path": "device"}],
     ids=str,
 )  # fmt: skip
 def test_config(wrong):
@@ -102,8 +103,9 @@ def test_contradictions(smollm2, contradiction):
         Llama(smollm2, sparse=SparseConfig(), **contradiction)
 
 
-def test_a_failing_callback_stops_generation_and_keeps_the_session(smollm2):
-    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+@pytest.mark.parametrize("path", ["host", "device"])
+def test_a_failing_callback_stops_generation_and_keeps_the_session(smollm2, path):
+    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256, path=path), n_threads=2, verbose=False)
     prompt = llm.tokenize((DATA / "code.txt").read_bytes())[:500]
     expected = [t for t, _ in zip(llm.generate(prompt, temp=0.0), range(12))]
 

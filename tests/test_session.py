@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvcast import Llama, SparseConfig, session
+from kvcast import GenerationError, Llama, SparseConfig, session
 from test_contract import logits_of
 
 
@@ -65,7 +65,7 @@ def test_a_selection_that_fails_beside_the_step_is_an_error_and_the_session_goes
             raise ArithmeticError("no prediction")
 
     n = 1000
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(GenerationError, match="ArithmeticError: no prediction"):
         for i in range(20):
             llm.eval([tokens[n]])
             n += 1

@@ -20,6 +20,7 @@ from .config import SparseConfig
 from .errors import ModelError
 from .evaluate import Recovery, measure
 from .llama import Llama
+from .session import Session, StepTimes
 
 Say = Callable[[str], None]
 
@@ -64,6 +65,22 @@ def _read(llm: Llama, tokens: Sequence[int]) -> Engine:
     begin = time.perf_counter()
     llm.eval(tokens)
     return Engine(llm, len(tokens), len(tokens) / (time.perf_counter() - begin))
+
+
+def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str, Any]:
+    """What the device path holds on the device; empty for the host path. Compression: to the KV of a dense cache of ``n_context``."""
+    info, pool = session.attached.info, session.attached.pool_info
+    if not pool.device:
+        return {}
+    held = pool.pool_bytes + pool.staging_bytes + pool.tap_bytes
+    return {
+        "device": pool.device.decode(),
+        "pool_bytes": pool.pool_bytes,
+        "staging_bytes": pool.staging_bytes,
+        "tap_bytes": pool.tap_bytes,
+        "compression": info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes) / held,
+        "bytes_moved_per_step": times.bytes_moved / times.n_steps,
+    }
 
 
 def bench(
@@ -160,6 +177,7 @@ def bench(
         "kv": {
             "summary_bytes": info.summary_bytes,
             "store_bytes": info.n_layer * info.n_cells * (info.k_row_bytes + info.v_row_bytes),
+            **pool_report(session, n_context, times),
             "read_bytes_dense": times.blocks_dense * block_bytes / times.n_steps,
             "read_bytes_sparse": read_sparse,
             "read_reduction": times.blocks_dense * block_bytes / times.n_steps / read_sparse,

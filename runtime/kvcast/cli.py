@@ -34,6 +34,8 @@ Predictor = Annotated[str, typer.Option(help="auto, ema, last, window, onnx:NAME
 Calibrate = Annotated[str, typer.Option(help="auto, summary, dense:M, host:M or off.")]
 Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
 Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")]
+Where = Annotated[str, typer.Option(help="host: attend beside the store; device: from a pool on the device, prefetched.")]
+Prefetch = Annotated[bool, typer.Option(help="Device path: bring blocks to the pool beside the steps.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
 
@@ -96,6 +98,8 @@ def chat(
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budgets,
+    path: Where = DEFAULT.path,
+    prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
@@ -104,7 +108,8 @@ def chat(
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
 
-    config = None if dense else SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, budgets=budgets)
+    config = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
+    config = None if dense else config
     document = "\n\n".join(read_text(path) for path in file or [])
     more = {"n_threads": threads} if threads else {}
     if dense:
@@ -153,6 +158,8 @@ def bench(
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budgets,
+    path: Where = DEFAULT.path,
+    prefetch: Prefetch = DEFAULT.prefetch,
     compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",
     steps: Annotated[int, typer.Option(help="Decode steps of a round.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 5,
@@ -162,14 +169,14 @@ def bench(
     """Measure sparse against dense: speed, KV read, recovery."""
     from .bench import bench as run
 
-    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, budgets=budgets)
+    config = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
     others = [name for name in compare.split(",") if name]
     for name in others:
         SparseConfig(predictor=name)
     texts = {path.stem: read_text(path) for path in text or [DEFAULT_TEXT]}
-    path = fetched(model)
+    file = fetched(model)
     with notes.status("bench") as status:
-        report = run(path, texts, context, config, n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, say=status.update)
+        report = run(file, texts, context, config, n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, say=status.update)
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     show(report)
@@ -242,6 +249,13 @@ def show(report: dict) -> None:
     for name, tok_s, read in rows:
         speed.add_row(name, f"{tok_s:.1f}", f"{tok_s / dense['tok_s']:.2f}x", f"{read / 1e6:.1f} MB" if read else "")
     console.print(speed)
+    if "compression" in kv:
+        console.print(
+            f"on {kv['device']}: {kv['pool_bytes'] / 1e6:.1f} MB pool, {kv['staging_bytes'] / 1e6:.1f} staging, "
+            f"{kv['tap_bytes'] / 1e6:.1f} taps; compression {kv['compression']:.1f}; "
+            f"{kv['bytes_moved_per_step'] / 1e3:.0f} KB moved per token",
+            highlight=False,
+        )
     table = Table(box=None, pad_edge=False)
     for column in ("document", "predictor", "recovery", "middle", "KL", "same token", "churn/step"):
         table.add_column(column)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .native import BLOCK_TOKENS
 
+POOL_STEP = 256  # tokens: of the device path's budgets
 PREDICTORS = ("auto", "ema", "last", "window", "oracle", "quest")
 
 
@@ -46,7 +47,11 @@ class SparseConfig:
     trace : bool
         Keep the queries of each step, for ``Llama.attention_row``.
     path : str
-        ``auto`` or ``host``: attention on the CPU beside the store.
+        ``host``: attention on the CPU beside the store. ``device``: a pool of ``budget`` tokens on the device that computes the
+        layers, filled from the store; ``hold`` is then the steps for which a set is kept (None: 8), and ``spread`` budgets are by
+        layer, in steps of 256 tokens, fixed for a prompt. ``auto`` is ``host``.
+    prefetch : bool
+        Device path: predict, select and upload beside the step before; False does it between two steps.
 
     Raises
     ------
@@ -66,6 +71,7 @@ class SparseConfig:
     min_recovery: float = 0.0
     trace: bool = False
     path: str = "auto"
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
         for name in ("budget", "sink", "window", "hold", "dense_layers"):
@@ -98,8 +104,14 @@ class SparseConfig:
             raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'summary', 'dense:M' or 'host:M' with M >= 1, or 'off'")
         if self.budgets not in ("spread", "uniform"):
             raise ValueError(f"budgets is {self.budgets!r}; use 'spread' or 'uniform'")
-        if self.path not in ("auto", "host"):
-            raise ValueError(f"path is {self.path!r}; use 'auto' or 'host'")
+        if self.path not in ("auto", "host", "device"):
+            raise ValueError(f"path is {self.path!r}; use 'auto', 'host' or 'device'")
+        if self.device:
+            if self.budget % POOL_STEP:
+                raise ValueError(f"budget is {self.budget} tokens; with path='device' it must be a multiple of {POOL_STEP}")
+            if self.compression is not None or self.dense_layers:
+                name = "dense_layers" if self.compression is None else "compression"
+                raise ValueError(f"{name} does not go with path='device', whose pool is as large as the budget; leave it out")
 
     def budget_blocks(self, n_tokens: int) -> int:
         """Blocks per layer and KV head at a context of ``n_tokens``."""
@@ -111,7 +123,12 @@ class SparseConfig:
     @property
     def steps_held(self) -> int:
         """``hold``, or what None stands for."""
-        return self.hold or (32 if self.summary else 8)
+        return self.hold or (32 if self.summary and not self.device else 8)
+
+    @property
+    def device(self) -> bool:
+        """Whether the device path is meant."""
+        return self.path == "device"
 
     @property
     def keeps_summary(self) -> bool:

@@ -58,7 +58,7 @@ class Recorder:
 
     def __call__(self, _position: int) -> None:
         session = self._session
-        self.lists.append((session.blocks[:, : int(session.n_attended.max())].copy(), session.n_attended.copy()))
+        self.lists.append((session.attended[:, : int(session.n_attended.max())].copy(), session.n_attended.copy()))
 
     @property
     def masks(self) -> list[np.ndarray]:

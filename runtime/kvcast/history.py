@@ -120,6 +120,11 @@ class History:
             self._n_in_ring += end - begin
         self.n_observed += end - begin
 
+    def observe_rows(self, layer: int, scores: npt.NDArray, n_used_blocks: int) -> None:
+        """Take in the exact scores of one layer, float32, shape (1, n_head_kv, n_blocks), beside those of a sparse step."""
+        rows = slice(layer * scores.shape[1], (layer + 1) * scores.shape[1])
+        _observe_all(self.averages[rows], self._decays, scores[None], 0, 1, n_used_blocks)
+
     def save(self) -> tuple:
         """What ``restore`` takes."""
         return self.averages.copy(), None if self._ring is None else self._ring.copy(), self._n_in_ring, self.n_observed

@@ -12,6 +12,7 @@ import psutil
 
 from . import native
 from .config import SparseConfig
+from .device import DeviceSession
 from .errors import CallbackError, GenerationError, ModelError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
@@ -75,7 +76,8 @@ class Llama(llama_cpp.Llama):
         self._callback_error: BaseException | None = None
         if sparse is not None:
             try:
-                self._session = Session(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()))
+                kind = DeviceSession if sparse.device else Session
+                self._session = kind(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()))
             except BaseException:
                 self.close()
                 raise
@@ -126,9 +128,12 @@ class Llama(llama_cpp.Llama):
         session = self._session
         assert session is not None
         session.attached.clear_abort()
+        n_before = self.n_tokens
         try:
             super().eval(tokens)
+            session.finish_decode()
         except RuntimeError as error:
+            self.n_tokens = n_before
             self._after_failure()
             cause, self._callback_error = self._callback_error, None
             if cause is not None:
@@ -136,6 +141,7 @@ class Llama(llama_cpp.Llama):
             reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
             raise GenerationError(f"{reason}; the store holds the {self.n_tokens} tokens before it") from error
         except BaseException:
+            self.n_tokens = min(self.n_tokens, n_before)
             self._after_failure()
             raise
 
@@ -286,7 +292,7 @@ class Llama(llama_cpp.Llama):
                 if session.in_sparse_step:
                     full = np.zeros((n_head_kv, n_used), np.float32)
                     for head in range(n_head_kv):
-                        n = attached.n_listed[layer, head] + attached.n_free[layer, head]
+                        n = session.n_attended[layer * n_head_kv + head]
                         full[head, attached.blocks[layer, head, :n]] = given[head, :n]
                 else:
                     full = given[:, :n_used].copy()

@@ -56,7 +56,7 @@ kv_callback = ctypes.CFUNCTYPE(
 
 
 class kvcast_params(ctypes.Structure):
-    _fields_ = [("max_taps", ctypes.c_int32), ("trace", ctypes.c_int32), ("summary", ctypes.c_int32)]
+    _fields_ = [(name, ctypes.c_int32) for name in ("max_taps", "trace", "summary", "pool_blocks", "staging_blocks")]
 
 
 class kvcast_info(ctypes.Structure):
@@ -64,6 +64,16 @@ class kvcast_info(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("n_layer", "n_head", "n_head_kv", "head_dim_k", "head_dim_v", "n_cells")),
         *((name, ctypes.c_int32) for name in ("n_blocks", "max_taps", "type_k", "type_v")),
         *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes", "summary_bytes")),
+    ]
+
+
+class kvcast_pool_info(ctypes.Structure):
+    _fields_ = [
+        ("device", ctypes.c_char_p),
+        ("n_slots", ctypes.c_int32),
+        ("n_staging", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("k_block_bytes", "v_block_bytes", "pool_bytes", "staging_bytes", "tap_bytes")),
+        ("n_on_device", ctypes.c_int32),
     ]
 
 
@@ -124,6 +134,26 @@ def kvcast_trace_scores(kv, /): ...
 def kvcast_k_data(kv, layer, /): ...
 @ctypes_function("kvcast_v_data", [kvcast_p, ctypes.c_int32], ctypes.c_void_p)
 def kvcast_v_data(kv, layer, /): ...
+@ctypes_function("kvcast_get_pool_info", [kvcast_p], kvcast_pool_info)
+def kvcast_get_pool_info(kv, /) -> kvcast_pool_info: ...
+@ctypes_function("kvcast_pool_plan", [kvcast_p, c_int32_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32)
+def kvcast_pool_plan(kv, n_slots, n_sink, n_window, /) -> int: ...
+@ctypes_function("kvcast_staging", [kvcast_p, ctypes.c_int32], ctypes.POINTER(ctypes.c_uint8))
+def kvcast_staging(kv, buffer, /): ...
+@ctypes_function("kvcast_staging_slots", [kvcast_p, ctypes.c_int32], ctypes.POINTER(ctypes.c_int64))
+def kvcast_staging_slots(kv, buffer, /): ...
+@ctypes_function("kvcast_pool_upload", [kvcast_p, ctypes.c_int32, ctypes.c_int32], None)
+def kvcast_pool_upload(kv, buffer, n, /): ...
+@ctypes_function("kvcast_pool_scatter", [kvcast_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32)
+def kvcast_pool_scatter(kv, buffer, n, /) -> int: ...
+@ctypes_function("kvcast_collect", [kvcast_p], ctypes.c_int32)
+def kvcast_collect(kv, /) -> int: ...
+@ctypes_function("kvcast_pool_verify", [kvcast_p], ctypes.c_int64)
+def kvcast_pool_verify(kv, /) -> int: ...
+@ctypes_function("kvcast_score_store", [kvcast_p, ctypes.c_int32, c_float_p], None)
+def kvcast_score_store(kv, layer, scores, /): ...
+@ctypes_function("kvcast_choose", [kvcast_p, c_int32_p, ctypes.c_int32], None)
+def kvcast_choose(kv, lists, n_listed, /): ...
 @ctypes_function("kvcast_get_stats", [kvcast_p], kvcast_stats)
 def kvcast_get_stats(kv, /) -> kvcast_stats: ...
 @ctypes_function("kvcast_reset_stats", [kvcast_p], None)
@@ -144,6 +174,8 @@ class Attached:
         ``TRACE_HEAD`` keeps q and the scores of every query head.
     summary : bool
         Keep a summary of the keys, so that steps can choose blocks by their own query.
+    pool_blocks, staging_blocks : int
+        0, or the device path: slots per layer and KV head in the mean, blocks that one upload can carry.
 
     Attributes
     ----------
@@ -173,10 +205,12 @@ class Attached:
         The model or context cannot be served; the message says why.
     """
 
-    def __init__(self, ctx, max_taps: int = 64, trace: int = TRACE_NONE, summary: bool = False):
+    def __init__(
+        self, ctx, max_taps: int = 64, trace: int = TRACE_NONE, summary: bool = False, pool_blocks: int = 0, staging_blocks: int = 0
+    ):
         self._kv = None
         error = ctypes.create_string_buffer(512)
-        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary)), error, len(error))
+        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary), pool_blocks, staging_blocks), error, len(error))
         if not kv:
             reason = error.value.decode()
             raise SparseUnsupported(f"sparse attention is not possible here: {reason}; run it dense with sparse=None (--dense)")
@@ -187,7 +221,7 @@ class Attached:
         taps = (info.n_layer, info.max_taps)
 
         def view(pointer, shape):
-            return np.ctypeslib.as_array(pointer, shape=shape) if pointer else None
+            return np.ctypeslib.as_array(pointer, shape=shape if isinstance(shape, tuple) else (shape,)) if pointer else None
 
         self.blocks = view(kvcast_blocks(kv), (*rows, info.n_blocks))
         self.n_listed = view(kvcast_n_listed(kv), rows)
@@ -198,6 +232,11 @@ class Attached:
         self.scores = view(kvcast_scores(kv), (*rows, info.n_blocks))
         self.history_scores = view(kvcast_history_scores(kv), (*taps, info.n_head_kv, info.n_blocks))
         self.lse = view(kvcast_lse(kv), (*taps, info.n_head))
+        pool = self.pool_info
+        self.staging = []
+        if pool.device:
+            n_bytes = pool.n_staging * (pool.k_block_bytes + pool.v_block_bytes)
+            self.staging = [(view(kvcast_staging(kv, i), n_bytes), view(kvcast_staging_slots(kv, i), pool.n_staging)) for i in (0, 1)]
         self.trace_q = view(kvcast_trace_q(kv), (*taps, info.n_head, info.head_dim_k))
         self.trace_scores = view(kvcast_trace_scores(kv), (*taps, info.n_head, info.n_blocks))
 
@@ -224,6 +263,52 @@ class Attached:
         """The blocks that the next steps may choose from, all of them complete."""
         kvcast_set_free_range(self._kv, begin, end)
 
+    def plan_pool(self, n_slots: npt.NDArray[np.int32], n_sink: int, n_window: int) -> None:
+        """Give every layer its slots per KV head: multiples of 16. Empties the table.
+
+        Raises
+        ------
+        ValueError
+            They do not fit the pool.
+        """
+        n_slots = np.ascontiguousarray(n_slots, np.int32)
+        if kvcast_pool_plan(self._kv, n_slots.ctypes.data_as(c_int32_p), n_sink, n_window):
+            raise ValueError(f"{int(n_slots.sum())} slots per KV head over all layers do not fit the pool, or are not multiples of 16")
+
+    def upload(self, buffer: int, n: int) -> None:
+        """Bring n staged blocks to the device; returns when they are there. From any thread."""
+        kvcast_pool_upload(self._kv, buffer, n)
+
+    def scatter(self, buffer: int, n: int) -> None:
+        """Put n uploaded blocks into their slots, before the next step.
+
+        Raises
+        ------
+        RuntimeError
+            The device failed.
+        """
+        if kvcast_pool_scatter(self._kv, buffer, n):
+            raise RuntimeError(f"the device could not take in {n} blocks")
+
+    def collect(self) -> bool:
+        """After a sparse step of the device path: bring the new rows to the store and the scores here. False: a callback failed."""
+        return kvcast_collect(self._kv) == 0
+
+    def verify_pool(self) -> int:
+        """Slots in use that differ from the block of the store that the table names."""
+        return kvcast_pool_verify(self._kv)
+
+    def score_store(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
+        """What the last collected query gives every block of the store, exactly: float32, shape (n_head_kv, n_blocks), contiguous."""
+        kvcast_score_store(self._kv, layer, scores.ctypes.data_as(c_float_p))
+
+    def choose(self, lists: npt.NDArray[np.int32], n_listed: int) -> None:
+        """Append to the first ``n_listed`` entries of every row the blocks that the last collected query asks for.
+
+        lists : int32, shape (n_layer * n_head_kv, n_blocks), contiguous
+        """
+        kvcast_choose(self._kv, lists.ctypes.data_as(c_int32_p), n_listed)
+
     def abort(self) -> None:
         """Stop the running or next decode between two nodes. Safe from any thread and from a signal handler."""
         if self._kv:
@@ -235,6 +320,11 @@ class Attached:
     @property
     def last_error(self) -> str:
         return kvcast_last_error(self._kv).decode()
+
+    @property
+    def pool_info(self) -> kvcast_pool_info:
+        """The device path's pool; ``device`` is None without one."""
+        return kvcast_get_pool_info(self._kv)
 
     @property
     def stats(self) -> kvcast_stats:

@@ -53,6 +53,8 @@ class StepTimes:
     attention_us: int = 0
     choose_us: int = 0
     summary_bytes_read: int = 0
+    bytes_moved: int = 0  # device path: into the pool
+    moves: list[int] = field(default_factory=list)  # blocks, by step
 
     def ms(self, seconds: float) -> float:
         return 1e3 * seconds / max(1, self.n_steps)
@@ -109,7 +111,7 @@ class Session:
 
     def __post_init__(self) -> None:
         trace = native.TRACE_HEAD if self.config.trace or self.config.predictor == "quest" else native.TRACE_NONE
-        self.attached = native.Attached(self.ctx, n_taps_within(self.n_bytes_per_tap), trace, self.config.keeps_summary)
+        self.attached = self._attach(n_taps_within(self.n_bytes_per_tap), trace)
         info = self.attached.info
         self.n_rows = info.n_layer * info.n_head_kv
         self.blocks = self.attached.blocks.reshape(self.n_rows, info.n_blocks)
@@ -143,6 +145,9 @@ class Session:
         self._next: Set | None = None  # what it makes
         self._next_n_used = 0  # blocks in use that it was made for; 0: there is none
         self._warm_up()
+
+    def _attach(self, n_taps: int, trace: int) -> native.Attached:
+        return native.Attached(self.ctx, n_taps, trace, self.config.keeps_summary)
 
     def _warm_up(self) -> None:
         """Compile or load the kernels now, not in the first step."""
@@ -182,6 +187,7 @@ class Session:
 
     def truncate(self, n_tokens: int) -> None:
         """The store now ends at ``n_tokens``: drop what was known of the rest."""
+        self._settle()
         self.history.truncate(n_tokens)
         self.n_tokens = n_tokens
         self._drop_set()
@@ -226,7 +232,6 @@ class Session:
     def step(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token over the selected blocks."""
         begin = time.perf_counter()
-        times = self.times
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         self._since_calibration += 1
         saved = None
@@ -249,18 +254,20 @@ class Session:
         self._n_listed_blocks = n_used
 
         before = self.attached.stats
-        self.n_attended = self.n_listed + self.n_free
+        self.attended, self.n_attended = self.blocks, self.n_listed + self.n_free
         position = self.n_tokens
-        try:
-            self._decode(native.SPARSE, [token], decode)
-        finally:
-            self._wait()  # before the scores it reads are renewed
-            if saved is not None and self._age is None:
-                saved = None  # the step failed and the set is gone
+        self._decode(native.SPARSE, [token], decode)
+        self._observe(before, begin, n_used)
+        if self.on_attended is not None:
+            self.on_attended(position)
+        if saved is not None:
+            self._restore(saved)
 
-        observed = time.perf_counter()
+    def _observe(self, before: native.kvcast_stats, begin: float, n_used: int) -> None:
+        """Take in a sparse step that began at ``begin``, and count it."""
+        times, observed = self.times, time.perf_counter()
         if not self.frozen:
-            self.history.observe_listed(self.blocks, self.n_attended, self.scores, self.shares)
+            self.history.observe_listed(self.attended, self.n_attended, self.scores, self.shares)
             self._poor = float(self.shares.mean()) < self.config.min_recovery
         after = self.attached.stats
         end = time.perf_counter()
@@ -276,10 +283,10 @@ class Session:
         if self.calibrating:
             times.n_calibrations += 1
             times.calibrate += end - begin
-        if self.on_attended is not None:
-            self.on_attended(position)
-        if saved is not None:
-            self._restore(saved)
+
+    def finish_decode(self) -> None:
+        """When llama_decode has returned: what must succeed for the step to count. A RuntimeError undoes the step."""
+        self._wait()  # before the scores that it reads are renewed
 
     def observe_truth(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""
@@ -398,15 +405,20 @@ class Session:
         self._pending = self._worker.submit(self._select, n_used, self._next)
         self._next_n_used = n_used
 
+    def _settle(self) -> None:
+        """Wait for what runs beside, whatever becomes of it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.exception()
+
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             begin = time.perf_counter()
-            try:
-                pending.result()
-            except BaseException:
+            error = pending.exception()
+            if error is not None:
                 self._drop_set()
-                raise
+                raise RuntimeError(f"what runs beside the step failed: {type(error).__name__}: {error}") from error
             self.times.wait += time.perf_counter() - begin
 
     def _select(self, n_used: int, into: Set) -> None:

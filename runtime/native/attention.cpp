@@ -1,6 +1,7 @@
-// The two graph nodes: attention over listed and chosen blocks (sparse mode), block scores beside flash attention (history mode).
+// The host path's graph nodes: attention over listed and chosen blocks (sparse mode), block scores beside flash attention (history mode).
 #include "context.h"
 #include "kvcast-graph.h"
+#include "pool.h"
 
 #include "llama-kv-cache.h"
 
@@ -39,7 +40,7 @@ void complete_head(kvcast_layer & layer, const ggml_tensor * q, int n_taps) {
     const float * scores = kv.history_scores.data() + (size_t) layer.id*info.max_taps*info.n_head_kv*info.n_blocks;
     if (kv.mode == KVCAST_SPARSE) {
         if (kv.summary) {
-            kv.estimate_shares(layer.id);
+            kv.estimate_shares(layer.id, -1);
         }
         kv.stats.attention_us += ggml_time_us() - layer.begin_us;
         scores = kv.scores.data() + (size_t) layer.id*info.n_head_kv*info.n_blocks;
@@ -118,7 +119,7 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
         return; // the step's result is thrown away
     }
     if (kv.summary) {
-        kvcast::choose_blocks(layer, q, dst->src[1], nth);
+        kvcast::choose_blocks(layer, kvcast::queries(q), dst->src[1], nth);
     }
     while (true) {
         const int p = layer.next.fetch_add(1, std::memory_order_relaxed);
@@ -136,7 +137,7 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
         const size_t n_work = (size_t) group*size*KVCAST_BLOCK + KVCAST_BLOCK*std::max(info.head_dim_k, info.head_dim_v);
         float * work    = thread_scratch(n_work + group*info.head_dim_k);
         float * queries = work + n_work;
-        kvcast::pack_queries(q, part.head, group, 0, 1, layer.scale, queries);
+        kvcast::pack_queries(kvcast::queries(q), part.head, group, 0, 1, layer.scale, queries);
         int32_t q_pos[kvcast::MAX_GROUP];
         std::fill_n(q_pos, group, kv.q_pos[0]);
 
@@ -182,7 +183,7 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
         float * queries   = work + n_work;
         float * block_sum = queries + (size_t) n_q*info.head_dim_k;
         float * block_max = block_sum + (size_t) n_q*n;
-        kvcast::pack_queries(q, part.head, group, part.begin, part.end, layer.scale, queries);
+        kvcast::pack_queries(kvcast::queries(q), part.head, group, part.begin, part.end, layer.scale, queries);
         std::vector<int32_t> q_pos(n_q);
         for (int i = 0; i < n_q; ++i) {
             q_pos[i] = kv.q_pos[part.begin + i/group];
@@ -203,25 +204,9 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
                 const size_t row = (size_t) (it - part.begin)*group + g;
                 const float * s = block_sum + row*n;
                 const float * x = block_max + row*n;
-                float m = -INFINITY;
-                for (int b = 0; b < n; ++b) {
-                    m = std::fmax(m, x[b]);
-                }
-                float sum = 0;
-                for (int b = 0; b < n; ++b) {
-                    sum += s[b] > 0.0f ? s[b]*expf(x[b] - m) : 0.0f;
-                }
-                const float lse = m + logf(sum);
-                kv.lse[tap*info.n_head + part.head*group + g] = lse;
                 float * per_head = kv.trace_scores.empty() ? nullptr :
                     &kv.trace_scores[(tap*info.n_head + part.head*group + g)*info.n_blocks];
-                for (int b = 0; b < n; ++b) {
-                    const float share = s[b] > 0.0f ? s[b]*expf(x[b] - lse) : 0.0f;
-                    scores[b] += share/group;
-                    if (per_head) {
-                        per_head[b] = share;
-                    }
-                }
+                kv.lse[tap*info.n_head + part.head*group + g] = kvcast::add_shares(s, x, n, 1.0f/group, scores, per_head);
             }
         }
         if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
@@ -236,20 +221,43 @@ class attn_input : public llm_graph_input_attn_kv {
 public:
     explicit attn_input(const llm_graph_input_attn_kv & base) : llm_graph_input_attn_kv(base) {}
 
+    // with a pool, and of a single token in sparse mode
+    void use_pool(ggml_context * ctx) {
+        pooled = std::make_unique<kvcast_pool_inputs>();
+        kvcast::add_pool_inputs(*cparams.kvcast, ctx, *pooled);
+    }
+
     void set_input(const llama_ubatch * ubatch) override {
         llm_graph_input_attn_kv::set_input(ubatch);
-        GGML_ASSERT(ggml_backend_buffer_is_host(self_k_idxs->buffer));
-        cparams.kvcast->begin_step(*ubatch, (const int64_t *) self_k_idxs->data);
+        auto & kv = *cparams.kvcast;
+        if (!pooled) {
+            GGML_ASSERT(ggml_backend_buffer_is_host(self_k_idxs->buffer));
+            kv.begin_step(*ubatch, (const int64_t *) self_k_idxs->data);
+            return;
+        }
+        // the graph does not write to the store, so nobody asked where
+        alignas(64) int64_t cell = 0;
+        ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+        ggml_backend_buffer_ptr buffer(ggml_backend_cpu_buffer_from_ptr(&cell, sizeof(cell)));
+        auto * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
+        ggml_backend_tensor_alloc(buffer.get(), idxs, &cell);
+        mctx->set_input_k_idxs(idxs, ubatch);
+        kv.begin_step(*ubatch, &cell, pooled.get());
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        if (params.cparams.kvcast_mode != KVCAST_SPARSE || params.ubatch.n_tokens > 1) {
-            return llm_graph_input_attn_kv::can_reuse(params);
+        const bool sparse = params.cparams.kvcast_mode == KVCAST_SPARSE && params.ubatch.n_tokens == 1;
+        const auto * pool = params.cparams.kvcast->pool.get();
+        if (!sparse || (pooled != nullptr) != (pool != nullptr)) {
+            return !pooled && llm_graph_input_attn_kv::can_reuse(params);
         }
-        // the node reads the cells it is told to: the padded number of cells, and the mask, play no part
+        // the nodes read the cells that they are told to: the padded number of cells, and the mask, play no part
         mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
-        return self_k_idxs->ne[0] == params.ubatch.n_tokens;
+        return pool ? pooled->plan == pool->plan : self_k_idxs->ne[0] == params.ubatch.n_tokens;
     }
+
+private:
+    std::unique_ptr<kvcast_pool_inputs> pooled;
 };
 
 } // namespace
@@ -260,6 +268,23 @@ float * kvcast::thread_scratch(size_t n) {
         buffer.resize(n);
     }
     return buffer.data();
+}
+
+float kvcast::add_shares(const float * sum, const float * max, int n, float weight, float * shares, float * own) {
+    const float m = *std::max_element(max, max + n);
+    float total = 0;
+    for (int b = 0; b < n; ++b) {
+        total += sum[b] > 0.0f ? sum[b]*expf(max[b] - m) : 0.0f;
+    }
+    const float lse = m + logf(total);
+    for (int b = 0; b < n; ++b) {
+        const float share = sum[b] > 0.0f ? sum[b]*expf(max[b] - lse) : 0.0f;
+        shares[b] += weight*share;
+        if (own) {
+            own[b] = share;
+        }
+    }
+    return lse;
 }
 
 task kvcast_context::task_of(const kvcast::rows & k, const float * q, const int32_t * q_pos, int n_q, float * work) const {
@@ -274,8 +299,22 @@ task kvcast_context::task_of(const kvcast::rows & k, const float * q, const int3
     return t;
 }
 
-std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp) {
-    return std::make_unique<attn_input>(*inp);
+std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp, kvcast_context * kv,
+        ggml_context * ctx, int mode, int64_t n_tokens) {
+    auto made = std::make_unique<attn_input>(*inp);
+    if (kv->pool && mode == KVCAST_SPARSE && n_tokens == 1) {
+        made->use_pool(ctx);
+    }
+    return made;
+}
+
+ggml_tensor * kvcast_build_pooled(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il) {
+    if (!kv || !kv->pool || mode != KVCAST_SPARSE || q->ne[2] != 1) {
+        return nullptr;
+    }
+    kv->layers[il]->scale = kq_scale;
+    return kvcast::build_pool_attention(*kv, ctx, gf, q, k, v, kq_scale, il);
 }
 
 ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,

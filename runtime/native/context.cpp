@@ -1,5 +1,6 @@
 #include "context.h"
 #include "kvcast-graph.h"
+#include "pool.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -14,6 +15,9 @@ static constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
 
 // Families whose graphs go through the hooked builder with nothing added to the logits, and that the tests run.
 static const std::set<llm_arch> families = { LLM_ARCH_LLAMA, LLM_ARCH_QWEN2 };
+
+kvcast_context::kvcast_context() = default;
+kvcast_context::~kvcast_context() = default;
 
 const char * kvcast_version(void) {
     return "0.1.0";
@@ -158,6 +162,19 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         s.estimates.resize(rows*info.n_blocks);
         s.rest_to_chosen.resize(rows);
         s.shares   .resize(rows, 1.0f);
+    }
+
+    if (params.pool_blocks > 0) {
+        if (params.pool_blocks%16 != 0 || params.pool_blocks > info.n_blocks || params.staging_blocks < 1) {
+            snprintf(error, n_error, "the pool's %d blocks per layer are not a multiple of 16 within the cache", params.pool_blocks);
+            return nullptr;
+        }
+        std::string refused;
+        kv->pool = kvcast::make_pool(*kv, params.pool_blocks, params.staging_blocks, refused);
+        if (!kv->pool) {
+            snprintf(error, n_error, "%s", refused.c_str());
+            return nullptr;
+        }
     }
 
     const auto bytes = [](const auto & v) { return (int64_t) (v.size()*sizeof(v[0])); };
@@ -318,7 +335,7 @@ void kvcast_context::plan_history(int n_taps) {
     }
 }
 
-void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells) {
+void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells, kvcast_pool_inputs * pooled) {
     if (ubatch.n_tokens > (mode == KVCAST_SPARSE ? 1u : (uint32_t) info.max_taps)) {
         if (mode == KVCAST_HISTORY) {
             fail("a batch in history mode has " + std::to_string(ubatch.n_tokens) + " tokens, more than max_taps");
@@ -328,6 +345,17 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
     }
     update_cells(ubatch, cells);
     q_pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    if (pooled) {
+        if (pool->step_open) {
+            fail("the results of the step before were not collected (kvcast_collect)");
+        } else if (kvcast::set_pool_inputs(*this, *pooled, (int32_t) cells[0])) {
+            stats.n_steps++;
+            for (const int n : n_listed) {
+                stats.blocks_read += n;
+            }
+        }
+        return;
+    }
     if (mode == KVCAST_SPARSE) {
         if (!check_lists((int32_t) (cells[0]/KVCAST_BLOCK))) {
             return;
@@ -356,6 +384,9 @@ void kvcast_reset_stats(kvcast_context * kv) { kv->stats = {}; }
 
 void kvcast_invalidate(kvcast_context * kv, int32_t first_cell) {
     kv->known = false;
+    if (kv->pool) {
+        kv->pool->step_open = false;
+    }
     if (kv->summary) {
         for (auto & n : kv->summary->n_done) {
             n = std::min(n, first_cell/KVCAST_BLOCK);

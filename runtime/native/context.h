@@ -10,6 +10,8 @@
 #include <vector>
 
 class  llama_kv_cache;
+struct kvcast_pool;
+struct kvcast_pool_inputs;
 struct ggml_tensor;
 struct llama_ubatch;
 
@@ -110,6 +112,7 @@ struct kvcast_context {
     std::vector<float> part_block_sum;   // [n_head_kv][group*n_blocks], a part's rows start at group*begin
 
     std::unique_ptr<kvcast_summary> summary; // nullptr: none
+    std::unique_ptr<kvcast_pool>    pool;    // nullptr: attention in place (the host path)
 
     kvcast_attention_callback callback = nullptr;
     void *                    callback_user = nullptr;
@@ -118,10 +121,13 @@ struct kvcast_context {
     std::string       error;
     kvcast_stats      stats = {};
 
+    kvcast_context();
+    ~kvcast_context();
+
     int group() const { return info.n_head/info.n_head_kv; }
 
     // before the graph runs; cells: indices of the cells that the tokens of the batch go to
-    void begin_step(const llama_ubatch & ubatch, const int64_t * cells);
+    void begin_step(const llama_ubatch & ubatch, const int64_t * cells, kvcast_pool_inputs * pooled = nullptr);
     void fail(const std::string & why);
     // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
     int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_free[row] : 0); }
@@ -132,7 +138,8 @@ struct kvcast_context {
     // of a layer, before choosing: which channels to keep, from a sample of its keys and the recent queries
     void prepare_summary(int layer);
     void note_queries(int layer, const ggml_tensor * q);
-    void estimate_shares(int layer);
+    // after it: what the critical blocks, from list entry n_fixed on (-1: n_listed of the row), got of the estimated whole
+    void estimate_shares(int layer, int n_fixed);
 
 private:
     void update_cells(const llama_ubatch & ubatch, const int64_t * cells);
@@ -143,14 +150,30 @@ private:
 
 namespace kvcast {
 
+// of a step, by token and query head
+struct queries {
+    const char * data;
+    size_t       head_bytes;
+    size_t       token_bytes;
+    int          dim;
+
+    explicit queries(const ggml_tensor * q);
+    queries(const float * q, int dim) : data((const char *) q), head_bytes(sizeof(float)*dim), token_bytes(0), dim(dim) {}
+};
+
 // floats of this thread, `n` at least; the content is lost at the next call
 float * thread_scratch(size_t n);
+// What a query's blocks got, from the sums and maxima of the kernels: weight * share is added to shares [n], the share is written
+// to own [n] (or nullptr). Returns the log-sum-exp.
+float add_shares(const float * sum, const float * max, int n, float weight, float * shares, float * own);
+// K of one head in the store
+rows keys_of(const kvcast_context & kv, int layer, int head);
 // K or V of one head, of a view of the cache [head_dim, n_head_kv, n_cells]
 rows head_rows(const ggml_tensor * t, int head);
 // queries [begin, end) of the group of a KV head, scaled: dst [(end - begin)*group][head_dim]
-void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst);
+void pack_queries(const queries & q, int head, int group, int begin, int end, float scale, float * dst);
 // Every KV head of a layer chooses its n_free blocks (summary.cpp). Called by all threads of the attention node; returns when
 // there is nothing left to take up: a head's list is complete when layer.chosen says so.
-void choose_blocks(kvcast_layer & layer, const ggml_tensor * q, const ggml_tensor * k, int n_threads);
+void choose_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads);
 
 } // namespace kvcast

@@ -1,4 +1,4 @@
-// What the patched llama.cpp calls: two hooks in the common attention builder (patches/README.md).
+// What the patched llama.cpp calls: three hooks in the common attention builder (patches/README.md).
 #pragma once
 
 #include "llama-graph.h"
@@ -8,7 +8,14 @@
 struct kvcast_context;
 
 // Wraps the input of a graph in history or sparse mode: fills the per-step tables, decides on reuse.
-std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp);
+std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp, kvcast_context * kv,
+        ggml_context * ctx, int mode, int64_t n_tokens);
+
+// Device path, sparse mode: the attention output over the pool; K and V of the step go there instead of to the store (they are
+// brought to the store after the step, kvcast_collect). Everything else: nullptr, llama.cpp goes on as always.
+// q [head_dim_k, n_head, n_tokens], k, v [head_dim, n_head_kv, n_tokens]: of the step, F32
+ggml_tensor * kvcast_build_pooled(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il);
 
 // Sparse mode: the attention output [head_dim_v*n_head, n_tokens] over the listed blocks.
 // History mode: adds the score node to gf and returns nullptr, as does a batch that is dense: llama.cpp goes on as always.

@@ -2,7 +2,7 @@
 //
 // A kvcast context is attached to a llama_context whose KV cache lies in host memory (offload_kqv = false) and which uses
 // flash attention. The caller owns the loop: choose a mode, write the block lists, call llama_decode(), read the scores.
-// Nothing here is thread safe: all calls, and llama_decode(), come from one thread at a time.
+// Nothing here is thread safe unless it says so: all calls, and llama_decode(), come from one thread at a time.
 #pragma once
 
 #include "llama.h"
@@ -38,6 +38,9 @@ struct kvcast_params {
     int32_t max_taps;   // largest batch in history mode
     int32_t trace;      // enum kvcast_trace
     int32_t summary;    // 1: keep a summary of the keys, so that a step can choose blocks by its own query
+    int32_t pool_blocks;    // 0: attention in place, on the CPU. Else the device path: block slots per layer and KV head in the
+                            // mean, a multiple of 16, on the device that computes the layers
+    int32_t staging_blocks; // blocks of one KV head that one upload can carry
 };
 
 struct kvcast_info {
@@ -55,6 +58,18 @@ struct kvcast_info {
     int64_t v_row_bytes;
     int64_t scratch_bytes; // host memory held by kvcast itself, summary included
     int64_t summary_bytes;
+};
+
+struct kvcast_pool_info {
+    const char * device; // name, NULL without a pool
+    int32_t n_slots;     // in all: layers x KV heads x pool_blocks
+    int32_t n_staging;
+    int64_t k_block_bytes;
+    int64_t v_block_bytes;
+    int64_t pool_bytes;    // on the device: the slots, both staging buffers, what a step leaves to be read back
+    int64_t staging_bytes;
+    int64_t tap_bytes;
+    int32_t n_on_device;   // attention nodes of the last step's graph that the scheduler placed there
 };
 
 struct kvcast_stats {
@@ -105,6 +120,32 @@ LLAMA_API void      kvcast_prepare_summary(struct kvcast_context * kv);
 // newest block got; and the share of the whole attention that the step attended to, estimated.
 LLAMA_API const float * kvcast_estimates(const struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
 LLAMA_API float       * kvcast_shares   (struct kvcast_context * kv);       // [n_layer][n_head_kv]
+
+// The device path. A pool of slots, each one block of one KV head, lies beside the compute; a sparse step attends to the slots, and
+// kvcast_blocks is the table: entry i of a row is the block in slot i, -1 for none; n_listed, the same for all heads of a layer,
+// how many slots are in use. The slots of a row: n_sink of the first blocks; a ring of n_window, block b at n_sink + b % n_window;
+// then critical blocks, all of them complete. The caller writes the table, and moves what it says into the slots:
+// fill a staging buffer, upload it (any thread), scatter it (the thread of llama_decode).
+LLAMA_API struct kvcast_pool_info kvcast_get_pool_info(const struct kvcast_context * kv);
+// Slots per KV head by layer, multiples of 16 whose sum is at most n_layer*pool_blocks; empties the table. 0 on success.
+LLAMA_API int32_t kvcast_pool_plan(struct kvcast_context * kv, const int32_t * n_slots, int32_t n_sink, int32_t n_window);
+// Staging buffer 0 or 1 on the host: K of n_staging blocks, then V of them; and beside it the slots that they go to, counted over
+// layers, KV heads and slots in this order.
+LLAMA_API uint8_t * kvcast_staging      (struct kvcast_context * kv, int32_t buffer);
+LLAMA_API int64_t * kvcast_staging_slots(struct kvcast_context * kv, int32_t buffer);
+// Brings the first n blocks of a staging buffer to the device, and returns when they are there.
+LLAMA_API void    kvcast_pool_upload (struct kvcast_context * kv, int32_t buffer, int32_t n);
+LLAMA_API int32_t kvcast_pool_scatter(struct kvcast_context * kv, int32_t buffer, int32_t n); // 0 on success
+// After each sparse llama_decode(): brings K and V of the new token into the store, and fills kvcast_scores (in the table's order)
+// and the trace. Not 0: an attention callback failed, and the caller must remove the step's token.
+LLAMA_API int32_t kvcast_collect(struct kvcast_context * kv);
+// Slots in use that differ from the block of the store that the table names; 0 is right. Reads the whole pool back.
+LLAMA_API int64_t kvcast_pool_verify(struct kvcast_context * kv);
+// What the query of the step that was collected last would have given every block of the store, exactly: scores [n_head_kv][n_blocks].
+LLAMA_API void kvcast_score_store(struct kvcast_context * kv, int32_t layer, float * scores);
+// With a summary: behind the first n_listed entries of every row of lists [n_layer][n_head_kv][n_blocks], adds the n_free blocks as a
+// step of the host path would, by the query of the step that was collected last. From one thread at a time, any.
+LLAMA_API void kvcast_choose(struct kvcast_context * kv, int32_t * lists, int32_t n_listed);
 
 // Results of the last step.
 LLAMA_API const float * kvcast_scores        (const struct kvcast_context * kv); // sparse: [n_layer][n_head_kv][n_blocks], list order

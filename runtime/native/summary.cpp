@@ -1,5 +1,6 @@
 // Blocks chosen within the step, by the step's own query: the summary of the keys, and the choice by it.
 #include "context.h"
+#include "pool.h"
 
 #include "llama-kv-cache.h"
 
@@ -50,7 +51,8 @@ void summarise_block(kvcast_summary & s, size_t row, const kvcast::rows & k, int
 }
 
 // out [end]: the group's mean estimate for blocks [begin, end), in units of the reference
-void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::rows & k, int head, int begin, int end, float * out) {
+void estimate(const kvcast_layer & layer, const kvcast::queries & q, int32_t pos, int n_used_blocks, const kvcast::rows & k, int head,
+        int begin, int end, float * out) {
     const auto & kv = *layer.kv;
     const auto & s  = *kv.summary;
     const int dim   = kv.info.head_dim_k;
@@ -67,9 +69,9 @@ void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::r
     kvcast::pack_queries(q, head, group, 0, 1, layer.scale, queries);
 
     // logits of different tokens may lie hundreds apart (Qwen 2.5): measure from what is exactly known
-    const int32_t first_and_newest[2] = {0, kv.n_used_blocks - 1};
+    const int32_t first_and_newest[2] = {0, n_used_blocks - 1};
     int32_t q_pos[kvcast::MAX_GROUP];
-    std::fill_n(q_pos, group, kv.q_pos[0]);
+    std::fill_n(q_pos, group, pos);
     kvcast::task ends = kv.task_of(k, queries, q_pos, group, work);
     ends.blocks        = first_and_newest;
     ends.n_blocks      = 2;
@@ -123,13 +125,11 @@ void estimate(const kvcast_layer & layer, const ggml_tensor * q, const kvcast::r
     kv.kernels->estimate(t);
 }
 
-// appends the best n_free blocks of the range to the list, ascending
-void choose(kvcast_context & kv, size_t row) {
+// appends the best n_free blocks of the range to a row's list, ascending
+void choose(kvcast_context & kv, size_t row, int32_t * list, int n_listed) {
     auto & s = *kv.summary;
-    int32_t     * list     = &kv.blocks[row*kv.info.n_blocks];
     const float * estimate = &s.estimates[row*kv.info.n_blocks];
     const float * weight   = &s.weights  [row*kv.info.n_blocks];
-    const int n_listed = kv.n_listed[row];
     const int n_free   = s.n_free[row];
 
     static thread_local std::vector<float> value, sorted;
@@ -188,18 +188,30 @@ rows head_rows(const ggml_tensor * t, int head) {
     };
 }
 
-void pack_queries(const ggml_tensor * q, int head, int group, int begin, int end, float scale, float * dst) {
+rows keys_of(const kvcast_context & kv, int layer, int head) {
+    const auto * k = kv.cache->get_k_storage(layer);
+    const int dim = kv.info.head_dim_k;
+    return {
+        (const char *) k->data + head*ggml_row_size(k->type, dim), k->nb[1], dim,
+        k->type == GGML_TYPE_F16 ? nullptr : ggml_get_type_traits(k->type)->to_float,
+    };
+}
+
+queries::queries(const ggml_tensor * q)
+    : data((const char *) q->data), head_bytes(q->nb[1]), token_bytes(q->nb[2]), dim((int) q->ne[0]) {}
+
+void pack_queries(const queries & q, int head, int group, int begin, int end, float scale, float * dst) {
     for (int t = begin; t < end; ++t) {
         for (int g = 0; g < group; ++g) {
-            const float * src = (const float *) ((const char *) q->data + t*q->nb[2] + (head*group + g)*q->nb[1]);
-            for (int64_t i = 0; i < q->ne[0]; ++i) {
+            const float * src = (const float *) (q.data + t*q.token_bytes + (head*group + g)*q.head_bytes);
+            for (int i = 0; i < q.dim; ++i) {
                 *dst++ = src[i]*scale;
             }
         }
     }
 }
 
-void choose_blocks(kvcast_layer & layer, const ggml_tensor * q, const ggml_tensor * k, int n_threads) {
+void choose_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads) {
     auto & kv    = *layer.kv;
     auto & s     = *kv.summary;
     const auto & info = kv.info;
@@ -224,11 +236,11 @@ void choose_blocks(kvcast_layer & layer, const ggml_tensor * q, const ggml_tenso
         for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
             summarise_block(s, row, keys, b);
         }
-        estimate(layer, q, keys, head, begin, end, &s.estimates[row*info.n_blocks]);
+        estimate(layer, q, kv.q_pos[0], kv.n_used_blocks, keys, head, begin, end, &s.estimates[row*info.n_blocks]);
 
         if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
             s.n_done[row] = std::max(s.n_done[row], s.free_end);
-            choose(kv, row);
+            choose(kv, row, &kv.blocks[row*info.n_blocks], kv.n_listed[row]);
             layer.chosen[head].store(true, std::memory_order_release);
             if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == (int) layer.choosers.size()) {
                 kv.stats.choose_us += ggml_time_us() - layer.choose_begin_us;
@@ -244,7 +256,7 @@ void kvcast_context::note_queries(int layer, const ggml_tensor * q) {
     const int dim = info.head_dim_k;
     std::vector<float> queries(group()*q->ne[2]*dim);
     for (int head = 0; head < info.n_head_kv; ++head) {
-        kvcast::pack_queries(q, head, group(), 0, (int) q->ne[2], 1.0f, queries.data());
+        kvcast::pack_queries(kvcast::queries(q), head, group(), 0, (int) q->ne[2], 1.0f, queries.data());
         float * power = &summary->q_power[((size_t) layer*info.n_head_kv + head)*dim];
         std::fill_n(power, dim, 0.0f);
         for (size_t i = 0; i < queries.size(); ++i) {
@@ -253,7 +265,7 @@ void kvcast_context::note_queries(int layer, const ggml_tensor * q) {
     }
 }
 
-void kvcast_context::estimate_shares(int layer) {
+void kvcast_context::estimate_shares(int layer, int n_fixed) {
     for (int head = 0; head < info.n_head_kv; ++head) {
         const size_t row = (size_t) layer*info.n_head_kv + head;
         if (summary->n_free[row] == 0) {
@@ -262,7 +274,7 @@ void kvcast_context::estimate_shares(int layer) {
         // the estimates are measured by what the chosen blocks then really got
         const float * score = &scores[row*info.n_blocks];
         float chosen = 0;
-        for (int i = n_listed[row]; i < n_attended(row); ++i) {
+        for (int i = n_fixed < 0 ? n_listed[row] : n_fixed; i < (n_fixed < 0 ? n_attended(row) : n_listed[row]); ++i) {
             chosen += score[i];
         }
         summary->shares[row] = 1/(1 + chosen*summary->rest_to_chosen[row]);
@@ -272,17 +284,13 @@ void kvcast_context::estimate_shares(int layer) {
 void kvcast_context::prepare_summary(int layer) {
     auto & s = *summary;
     const int dim = info.head_dim_k;
-    const auto * k = cache->get_k_storage(layer);
     const int n_blocks = (int) cache->get_cells(0).used_max_p1()/KVCAST_BLOCK;
     const int n_sample = std::min(SAMPLE, n_blocks);
 
     std::vector<float> keys((size_t) n_sample*KVCAST_BLOCK*dim);
     for (int head = 0; head < info.n_head_kv; ++head) {
         const size_t row = (size_t) layer*info.n_head_kv + head;
-        const kvcast::rows r = {
-            (const char *) k->data + head*ggml_row_size(k->type, dim), k->nb[1], dim,
-            k->type == GGML_TYPE_F16 ? nullptr : ggml_get_type_traits(k->type)->to_float,
-        };
+        const auto r = kvcast::keys_of(*this, layer, head);
         for (int n = 0; n < n_sample*KVCAST_BLOCK; ++n) {
             const size_t block = (size_t) (n/KVCAST_BLOCK)*n_blocks/n_sample;
             row_as_floats(r, block*KVCAST_BLOCK + n%KVCAST_BLOCK, &keys[(size_t) n*dim]);
@@ -318,6 +326,30 @@ void kvcast_prepare_summary(kvcast_context * kv) {
     for (int layer = 0; kv->summary && layer < kv->info.n_layer; ++layer) {
         kv->prepare_summary(layer);
     }
+}
+
+void kvcast_choose(kvcast_context * kv, int32_t * lists, int32_t n_listed) {
+    auto & s = *kv->summary;
+    const auto & pool = *kv->pool;
+    const auto & info = kv->info;
+    const int64_t begin_us = ggml_time_us();
+    for (size_t row = 0; row < s.n_free.size(); ++row) {
+        if (s.n_free[row] == 0) {
+            continue;
+        }
+        const int layer = row/info.n_head_kv;
+        const int head  = row%info.n_head_kv;
+        const auto keys = kvcast::keys_of(*kv, layer, head);
+        for (int b = s.n_done[row]; b < s.free_end; ++b) {
+            summarise_block(s, row, keys, b);
+        }
+        s.n_done[row] = std::max(s.n_done[row], s.free_end);
+        const kvcast::queries q(pool.query(layer), info.head_dim_k);
+        estimate(*kv->layers[layer], q, pool.seen_pos, pool.seen_blocks, keys, head, s.free_begin, s.free_end, &s.estimates[row*info.n_blocks]);
+        choose(*kv, row, lists + row*info.n_blocks, n_listed);
+        kv->stats.summary_bytes_read += (int64_t) s.free_end*(s.n_probed*KVCAST_BLOCK + info.head_dim_k);
+    }
+    kv->stats.choose_us += ggml_time_us() - begin_us;
 }
 
 int32_t * kvcast_n_free(kvcast_context * kv) { return kv->summary ? kv->summary->n_free.data() : nullptr; }

@@ -1,0 +1,291 @@
+"""The decode loop of the device path: what the pool holds, and what is brought there while a step is computed.
+
+The set for step t+1 is predicted, selected, gathered from the store and uploaded beside step t, from what was seen up to step
+t-1; between two steps there is only a scatter on the device. A set is held for ``hold`` steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from . import native
+from .pool import Pool, plan_slots
+from .selection import FLOOR, _select, list_all
+from .session import Session
+
+STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
+PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
+FORECAST_STEPS = 32  # where steps see for themselves, a prediction is good for so many
+CAP = 8  # a layer's slots: at most so many times the mean
+
+
+@numba.njit(nogil=True, cache=True)
+def _prefer(scores, table, first, n_listed, begin, end, factor, root, out):
+    """Scores, or their roots, of the blocks [begin, end); those in the pool times ``factor``."""
+    for row in range(scores.shape[0]):
+        for b in range(begin, end):
+            s = scores[row, b]
+            out[row, b] = np.sqrt(max(s, np.float32(0)) + FLOOR) if root else s
+        for i in range(first, n_listed[row]):
+            b = table[row, i]
+            if begin <= b < end and out[row, b] > 0:
+                out[row, b] *= factor
+
+
+@dataclass
+class DeviceSession(Session):
+    """Sparse attention over a pool of blocks on the device; see ``Session``."""
+
+    def _attach(self, n_taps: int, trace: int) -> native.Attached:
+        n_cells = native.llama_cpp.llama_n_ctx(self.ctx)
+        n_blocks = min(self.config.budget, n_cells) // native.BLOCK_TOKENS
+        model = native.llama_cpp.llama_get_model(self.ctx)
+        n_rows = native.llama_cpp.llama_model_n_layer(model) * native.llama_cpp.llama_model_n_head_kv(model)
+        n_staging = max(1, n_rows * n_blocks // STAGING_SHARE)
+        self._pool_blocks = n_blocks
+        return native.Attached(self.ctx, n_taps, trace, self.config.keeps_summary, n_blocks, n_staging)
+
+    def _warm_up(self) -> None:
+        n_blocks = self.blocks.shape[1]
+        self.pool = Pool(self.attached)
+        self._wanted = np.zeros((self.n_rows, n_blocks), np.int32)  # critical blocks of the next set
+        self._n_wanted = np.zeros(self.n_rows, np.int32)
+        self._lists = np.zeros((self.n_rows, n_blocks), np.int32)
+        self._lengths = np.zeros(self.n_rows, np.int32)
+        self._ranks = np.zeros((self.n_rows, n_blocks), np.float32)
+        self._truth = np.zeros((self.attached.info.n_layer, 1, self.attached.info.n_head_kv, n_blocks), np.float32)
+        self._planned = False
+        self._seen = False  # a step's query was collected since the last edit
+        self._buffer = 0
+        self._n_staged = 0
+        self._staged = False  # a set is staged that is not yet in the pool
+        self._forecast, self._forecast_at = None, 0  # the last prediction, and history.n_observed then
+        self._n_place_used = 0  # blocks in use that the pool's window is made for
+        self._next_shares = np.ones(self.n_rows, np.float32)
+        super()._warm_up()
+        few = slice(0, 1)
+        _prefer(self._ranks[few], self.blocks[few], 0, self._lengths[few], 0, 1, PREFER, True, self._ranks[few])
+        self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0)
+
+    def _warm_up_selection(self) -> None:
+        scores = self.predictor.predict(self.history, self.blocks.shape[1])[:1]
+        none = np.zeros(1, np.int64)
+        _select(scores, 0, 1, 1, none, self._lists[:1], self._lengths[:1], np.zeros(1, np.float32))
+        _prefer(scores, self.blocks[:1], 0, self._lengths[:1] * 0, 0, 1, PREFER, False, self._ranks[:1])
+
+    def configure(self, config, *, frozen: bool = False) -> None:
+        n_blocks = min(config.budget, self.attached.info.n_cells) // native.BLOCK_TOKENS
+        if not config.device or n_blocks > self._pool_blocks:
+            raise ValueError(
+                f"this session has a pool of {self._pool_blocks * native.BLOCK_TOKENS} tokens on the device; load the model anew for "
+                f"path={config.path!r}, budget={config.budget}"
+            )
+        super().configure(config, frozen=frozen)
+        self._planned = False
+
+    def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
+        super().prompt(tokens, decode)
+        self._seen = False
+        self._planned = False
+
+    def truncate(self, n_tokens: int) -> None:
+        super().truncate(n_tokens)
+        self.pool.forget_from(n_tokens // native.BLOCK_TOKENS)
+        self._seen = False
+
+    def step(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
+        """Run one token over the pool."""
+        begin = time.perf_counter()
+        n_used = self.n_tokens // native.BLOCK_TOKENS + 1
+        config, position = self.config, self.n_tokens
+        self._since_calibration += 1
+        due = config.calibrate.startswith("dense") and self._since_calibration >= config.calibrate_every
+        self.calibrating = not self.frozen and (self._poor or due)
+        before = self.attached.stats
+        moved = self.pool.n_moved
+        if self.calibrating or n_used <= self._n_fixed + 1:
+            self._dense_step(token, decode, n_used)
+        else:
+            self._place_set(n_used)
+            self.attended, self.n_attended = self.blocks, self.n_listed
+            self._decode(native.SPARSE, [token], decode)
+            self._seen = True
+        self.times.moves.append(self.pool.n_moved - moved)
+        self.times.bytes_moved += self.times.moves[-1] * self.pool.bytes_per_move
+        self._observe(before, begin, n_used)
+        if self.on_attended is not None:
+            self.on_attended(position)
+
+    def finish_decode(self) -> None:
+        super().finish_decode()
+        if self.in_sparse_step and not self.attached.collect():
+            raise RuntimeError("an attention callback failed")
+
+    # ---- inside
+
+    @property
+    def _n_sink(self) -> int:
+        return self.config.sink // native.BLOCK_TOKENS
+
+    @property
+    def _n_window(self) -> int:
+        return self.config.window // native.BLOCK_TOKENS
+
+    @property
+    def _n_fixed(self) -> int:
+        return self._n_sink + self._n_window
+
+    def _drop_set(self) -> None:
+        super()._drop_set()
+        self._forecast = None
+        self._staged = False
+
+    def _dense_step(self, token: int, decode: Callable[[Sequence[int]], None], n_used: int) -> None:
+        """Attend to the whole store; its exact scores go to the history as those of a full list."""
+        self._decode(native.HISTORY, [token], decode)
+        list_all(n_used, self._lists, self._lengths)
+        self.attended, self.n_attended = self._lists, self._lengths
+        self.scores[:, :n_used] = self.attached.history_scores[:, 0].reshape(self.n_rows, -1)[:, :n_used]
+        self.shares[:] = 1.0
+        self._since_calibration = 0
+        self._drop_set()
+        self.pool.forget(n_used - 1)  # the new row is in the store only
+
+    def _plan(self) -> None:
+        """Slots of every layer, for this prompt."""
+        n_mean = min(self.config.budget, self.attached.info.n_cells) // native.BLOCK_TOKENS
+        n_layer = self.attached.info.n_layer
+        slots = np.full(n_layer, n_mean, np.int32)
+        least = -(-(self._n_fixed + 1) // 16) * 16
+        n_used = self._n_blocks()
+        if self.config.budgets == "spread" and least < n_mean < n_used:
+            middle = self.predictor.predict(self.history, n_used)[:, self._n_sink : n_used - self._n_window]
+            mass = np.maximum(-np.sort(-middle, 1), 0).reshape(n_layer, -1, middle.shape[1]).sum(1)
+            # the first blocks of every layer's slots are sink and window: no gain in those
+            mass = np.concatenate([np.zeros((n_layer, self._n_fixed), np.float32), mass], 1)
+            slots = plan_slots(mass, n_mean, least, min(self.blocks.shape[1], CAP * n_mean))
+        self.pool.plan(slots, self._n_sink, self._n_window)
+        self._planned = True
+        self._age = None
+
+    def _place_set(self, n_used: int) -> None:
+        """Bring the pool into the state that the step needs."""
+        if not self._planned:
+            self._plan()
+        if self._age is None or (self._age >= self.config.steps_held and not self.frozen and not self._staged):
+            self._select_wanted(n_used)
+            self._place_fixed(n_used)
+            self._take_wanted()
+        else:
+            if n_used > self._n_place_used:
+                self._open_block(n_used)
+            if self._staged:
+                self.pool.apply(self._buffer, self._n_staged if self._n_staged >= 0 else ~self._n_staged)
+                self._buffer = 1 - self._buffer
+                self._take_wanted()
+        self._n_place_used = n_used
+        self._age += 1
+        calibrates = self.config.calibrate.startswith("host")
+        selects = self._age >= self.config.steps_held
+        if self.config.prefetch and not self.frozen and (selects or calibrates):
+            self._beside((self.n_tokens + 1) // native.BLOCK_TOKENS + 1, selects)
+        elif calibrates and not self.frozen:
+            self._calibrate()
+
+    def _take_wanted(self) -> None:
+        """Bring what is still missing of the wanted set into the pool, and attend to it from now on."""
+        in_use = self._n_fixed + self._n_wanted
+        for row in np.flatnonzero(in_use < self.n_listed):
+            self.blocks[row, in_use[row] : self.n_listed[row]] = -1
+        self.pool.move(self._wanted, self._n_wanted, in_use, self._n_fixed)
+        self.n_listed[:] = in_use
+        self.shares[:] = self._next_shares
+        self._staged = False
+        self._age = 0
+
+    def _place_fixed(self, n_used: int) -> None:
+        """Sink and window, where they are not."""
+        n_sink, n_window = self._n_sink, self._n_window
+        window = range(n_used - n_window, n_used)
+        for slot, block in [*enumerate(range(n_sink)), *((n_sink + b % n_window, b) for b in window)]:
+            if (self.blocks[:, slot] != block).any():
+                if block * native.BLOCK_TOKENS < self.n_tokens:
+                    self.pool.put(slot, block)
+                self.blocks[:, slot] = block
+
+    def _open_block(self, n_used: int) -> None:
+        """A new block takes the place of the oldest one of the window, which is kept where there is room."""
+        # those that hold everything; what is staged was selected for this step already
+        room = (self.n_listed == n_used - 1) & (self.n_listed < self.pool.n_slots) & (not self._staged)
+        if room.any():
+            self._wanted[room, self._n_wanted[room]] = n_used - 1 - self._n_window
+            self._n_wanted[room] += 1
+            age = self._age
+            self._take_wanted()
+            self._age = age
+        self.blocks[:, self._n_sink + (n_used - 1) % self._n_window] = n_used - 1
+
+    def _select_wanted(self, n_used: int) -> None:
+        """The critical blocks of the next set, for a step with ``n_used`` blocks in use."""
+        t0 = time.perf_counter()
+        n_sink, window_begin = self._n_sink, n_used - self._n_window
+        n_middle = window_begin - n_sink
+        n_keep = np.minimum(self.pool.n_slots - self._n_fixed, n_middle)
+        if (n_keep == n_middle).all():
+            self._wanted[:, :n_middle] = np.arange(n_sink, window_begin)
+            self._n_wanted[:] = n_middle
+            self._next_shares[:] = 1.0
+            return
+        sees = self.config.summary and self._seen and not self.frozen
+        if self._forecast is None or not sees or self.history.n_observed - self._forecast_at >= FORECAST_STEPS:
+            self._forecast, self._forecast_at = self.predictor.predict(self.history, self.blocks.shape[1]), self.history.n_observed
+        scores = self._forecast
+        t1 = time.perf_counter()
+        ranks = self.weights if sees else self._ranks
+        first, in_use = self._n_fixed, self.n_listed
+        _prefer(scores, self.blocks, first, in_use, n_sink, window_begin, PREFER, sees, ranks)
+        if sees:
+            self.n_free[:] = n_keep
+            self.attached.set_free_range(n_sink, window_begin)
+            self.attached.choose(self._lists, 0)
+            self._wanted[:], self._n_wanted[:] = self._lists, n_keep
+            self._next_shares[:] = self.shares  # the steps measure them
+        else:
+            self.n_free[:] = 0
+            ranks[:, :n_sink], ranks[:, window_begin:n_used] = scores[:, :n_sink], scores[:, window_begin:n_used]
+            _select(ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), self._lists, self._lengths, self._next_shares)
+            self._n_wanted[:] = self._lengths - first
+            self._wanted[:, : window_begin - n_sink] = self._lists[:, n_sink:window_begin]
+        self.times.predict += t1 - t0
+        self.times.select += time.perf_counter() - t1
+
+    def _calibrate(self) -> None:
+        """Exact scores of the last step's query over the store, one M-th of the layers at a time."""
+        if not self._seen:
+            return
+        every = self.config.calibrate_every
+        n_used = self._n_blocks()
+        for layer in range(self._since_calibration % every, self.attached.info.n_layer, every):
+            self.attached.score_store(layer, self._truth[layer, 0])
+            self.history.observe_rows(layer, self._truth[layer], n_used)
+
+    def _beside(self, n_used: int, selects: bool) -> None:
+        """Calibrate, select and stage the set of the next step while this one is computed."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-prefetch")
+        self._staged = selects
+        self._pending = self._worker.submit(self._prefetch, n_used, selects)
+
+    def _prefetch(self, n_used: int, selects: bool) -> None:
+        if self.config.calibrate.startswith("host"):
+            self._calibrate()
+        if selects:
+            self._select_wanted(n_used)
+            in_use = self._n_fixed + self._n_wanted
+            self._n_staged = self.pool.stage(self._buffer, self._wanted, self._n_wanted, in_use, self._n_fixed)

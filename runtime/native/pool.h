@@ -1,0 +1,87 @@
+// The device path: a pool of block slots beside the compute (pool.cpp).
+#pragma once
+
+#include "kvcast.h"
+
+#include "ggml-cpp.h"
+#include "llama-graph.h"
+
+#include <map>
+#include <vector>
+
+struct kvcast_context;
+
+// Inputs of one graph: where the new K and V go, and which cells of a layer's view may be attended to.
+struct kvcast_pool_inputs {
+    ggml_tensor * rows = nullptr;          // I64 [n_head_kv*n_layer], rows of the pool
+    std::map<int, ggml_tensor *> masks;    // F16 [n_slots*16, group] by n_slots of the layer, every row the same
+    uint64_t      plan = 0;
+};
+
+// A slot holds one block of one KV head: 16 rows of K and of V. A layer's slots lie together, head by head: first the sink's,
+// then the ring of the window (block b at n_sink + b % n_window), then those of the critical blocks.
+struct kvcast_pool {
+    ggml_backend_dev_t device = nullptr;
+    ggml_backend_ptr   queue;              // for uploads beside the compute
+    ggml_context_ptr   tensors;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+
+    ggml_tensor * k = nullptr;             // [head_dim_k, n_slots*16], of the cache's type
+    ggml_tensor * v = nullptr;
+    ggml_tensor * k_raw = nullptr;         // the same bytes as F16 [k_block_bytes/2, n_slots]
+    ggml_tensor * v_raw = nullptr;
+
+    struct staging {
+        std::vector<uint8_t> fallback;     // where the device has no host buffer type
+        uint8_t     * host = nullptr;      // K of n_staging blocks, V of them, their slots
+        ggml_tensor * k = nullptr;         // F16 [k_block_bytes/2, n_staging]
+        ggml_tensor * v = nullptr;
+        ggml_tensor * slots = nullptr;     // I64 [n_staging]
+    } staged[2];
+
+    // written by the graph, read back after the step: one piece of memory, `outbox`
+    ggml_tensor * outbox = nullptr;
+    ggml_tensor * new_k  = nullptr;        // [head_dim_k*n_head_kv, n_layer], of the cache's type
+    ggml_tensor * new_v  = nullptr;
+    ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer]
+    ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, layer after layer
+    std::vector<uint8_t> received;         // the outbox on the host
+
+    int n_slots   = 0;
+    int n_staging = 0;
+    int64_t k_block_bytes = 0;
+    int64_t v_block_bytes = 0;
+    int64_t pool_bytes    = 0;
+    int64_t staging_bytes = 0;
+    int64_t tap_bytes     = 0;
+
+    // the plan: which slots are whose
+    int n_sink   = 0;
+    int n_window = 0;
+    std::vector<int> layer_slots;          // per KV head
+    std::vector<int> layer_first;
+    uint64_t plan = 0;                     // counts the plans: graphs hold their addresses
+
+    kvcast_pool_inputs * inputs = nullptr; // of the graph being built
+    std::vector<ggml_tensor *> attention;  // nodes of the last graph, one a layer
+    int     n_on_device = 0;               // of them, -1: not counted yet
+    bool    step_open = false;             // a step ran whose results have not been collected
+    int32_t new_cell  = -1;
+    int32_t seen_pos  = -1;                // position of the query in `received`
+    int     seen_blocks = 0;               // n_used_blocks then
+
+    const float * received_at(const ggml_tensor * t) const;
+    const float * query(int layer) const;  // [n_head][head_dim_k]
+};
+
+namespace kvcast {
+
+// nullptr and a reason on refusal
+std::unique_ptr<kvcast_pool> make_pool(const kvcast_context & kv, int n_blocks, int n_staging, std::string & why_not);
+void add_pool_inputs(kvcast_context & kv, ggml_context * ctx, kvcast_pool_inputs & inputs);
+// fills them; false when the table is not fit for the step
+bool set_pool_inputs(kvcast_context & kv, kvcast_pool_inputs & inputs, int32_t new_cell);
+ggml_tensor * build_pool_attention(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k,
+        ggml_tensor * v, float scale, int layer);
+
+} // namespace kvcast
