@@ -36,7 +36,8 @@ class SparseConfig:
         How blocks outside the set are seen. ``summary``: each step estimates the attention to every block from a summary
         of the keys and its own query, and chooses by that and the prediction; costs host memory, 8 % of an f16 store.
         ``dense:M``: one step in M attends to everything and so renews every score. ``host:M``: the same, one M-th of the
-        layers at each step. ``off``. ``auto`` is ``summary``.
+        layers at each step; on the device path computed on the host, beside the steps. ``off``. ``auto`` is ``summary`` on the
+        host path and ``off`` on the device path, whose sets are a step old: there a single query says little (docs/device.md).
     budgets : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
         (the same for all).
@@ -109,6 +110,10 @@ class SparseConfig:
         if self.device:
             if self.budget % POOL_STEP:
                 raise ValueError(f"budget is {self.budget} tokens; with path='device' it must be a multiple of {POOL_STEP}")
+            if self.calibrate == "summary":
+                raise ValueError(
+                    "calibrate='summary' is for path='host', where a step chooses for itself; use 'host:M', 'dense:M' or 'off'"
+                )
             if self.compression is not None or self.dense_layers:
                 name = "dense_layers" if self.compression is None else "compression"
                 raise ValueError(f"{name} does not go with path='device', whose pool is as large as the budget; leave it out")
@@ -123,7 +128,7 @@ class SparseConfig:
     @property
     def steps_held(self) -> int:
         """``hold``, or what None stands for."""
-        return self.hold or (32 if self.summary and not self.device else 8)
+        return self.hold or (32 if self.summary else 8)
 
     @property
     def device(self) -> bool:
@@ -133,7 +138,7 @@ class SparseConfig:
     @property
     def keeps_summary(self) -> bool:
         """Whether a summary of the keys is kept."""
-        return self.calibrate in ("auto", "summary")
+        return self.calibrate in ("auto", "summary") and not self.device
 
     @property
     def summary(self) -> bool:

@@ -16,22 +16,19 @@ import numpy as np
 
 from . import native
 from .pool import Pool, plan_slots
-from .selection import FLOOR, _select, list_all
+from .selection import _select, list_all
 from .session import Session
 
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
-FORECAST_STEPS = 32  # where steps see for themselves, a prediction is good for so many
 CAP = 8  # a layer's slots: at most so many times the mean
 
 
 @numba.njit(nogil=True, cache=True)
-def _prefer(scores, table, first, n_listed, begin, end, factor, root, out):
-    """Scores, or their roots, of the blocks [begin, end); those in the pool times ``factor``."""
+def _prefer(scores, table, first, n_listed, begin, end, n_used, factor, out):
+    """Scores; of the blocks [begin, end), those in the pool times ``factor``."""
     for row in range(scores.shape[0]):
-        for b in range(begin, end):
-            s = scores[row, b]
-            out[row, b] = np.sqrt(max(s, np.float32(0)) + FLOOR) if root else s
+        out[row, :n_used] = scores[row, :n_used]
         for i in range(first, n_listed[row]):
             b = table[row, i]
             if begin <= b < end and out[row, b] > 0:
@@ -49,7 +46,7 @@ class DeviceSession(Session):
         n_rows = native.llama_cpp.llama_model_n_layer(model) * native.llama_cpp.llama_model_n_head_kv(model)
         n_staging = max(1, n_rows * n_blocks // STAGING_SHARE)
         self._pool_blocks = n_blocks
-        return native.Attached(self.ctx, n_taps, trace, self.config.keeps_summary, n_blocks, n_staging)
+        return native.Attached(self.ctx, n_taps, trace, False, n_blocks, n_staging)
 
     def _warm_up(self) -> None:
         n_blocks = self.blocks.shape[1]
@@ -65,19 +62,16 @@ class DeviceSession(Session):
         self._buffer = 0
         self._n_staged = 0
         self._staged = False  # a set is staged that is not yet in the pool
-        self._forecast, self._forecast_at = None, 0  # the last prediction, and history.n_observed then
         self._n_place_used = 0  # blocks in use that the pool's window is made for
         self._next_shares = np.ones(self.n_rows, np.float32)
         super()._warm_up()
-        few = slice(0, 1)
-        _prefer(self._ranks[few], self.blocks[few], 0, self._lengths[few], 0, 1, PREFER, True, self._ranks[few])
         self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0)
 
     def _warm_up_selection(self) -> None:
         scores = self.predictor.predict(self.history, self.blocks.shape[1])[:1]
         none = np.zeros(1, np.int64)
         _select(scores, 0, 1, 1, none, self._lists[:1], self._lengths[:1], np.zeros(1, np.float32))
-        _prefer(scores, self.blocks[:1], 0, self._lengths[:1] * 0, 0, 1, PREFER, False, self._ranks[:1])
+        _prefer(scores, self.blocks[:1], 0, self._lengths[:1] * 0, 0, 1, 1, PREFER, self._ranks[:1])
 
     def configure(self, config, *, frozen: bool = False) -> None:
         n_blocks = min(config.budget, self.attached.info.n_cells) // native.BLOCK_TOKENS
@@ -124,8 +118,8 @@ class DeviceSession(Session):
 
     def finish_decode(self) -> None:
         super().finish_decode()
-        if self.in_sparse_step and not self.attached.collect():
-            raise RuntimeError("an attention callback failed")
+        if self.in_sparse_step:
+            self.attached.collect()
 
     # ---- inside
 
@@ -143,7 +137,6 @@ class DeviceSession(Session):
 
     def _drop_set(self) -> None:
         super()._drop_set()
-        self._forecast = None
         self._staged = False
 
     def _dense_step(self, token: int, decode: Callable[[Sequence[int]], None], n_used: int) -> None:
@@ -242,26 +235,12 @@ class DeviceSession(Session):
             self._n_wanted[:] = n_middle
             self._next_shares[:] = 1.0
             return
-        sees = self.config.summary and self._seen and not self.frozen
-        if self._forecast is None or not sees or self.history.n_observed - self._forecast_at >= FORECAST_STEPS:
-            self._forecast, self._forecast_at = self.predictor.predict(self.history, self.blocks.shape[1]), self.history.n_observed
-        scores = self._forecast
+        scores = self.predictor.predict(self.history, n_used)
         t1 = time.perf_counter()
-        ranks = self.weights if sees else self._ranks
-        first, in_use = self._n_fixed, self.n_listed
-        _prefer(scores, self.blocks, first, in_use, n_sink, window_begin, PREFER, sees, ranks)
-        if sees:
-            self.n_free[:] = n_keep
-            self.attached.set_free_range(n_sink, window_begin)
-            self.attached.choose(self._lists, 0)
-            self._wanted[:], self._n_wanted[:] = self._lists, n_keep
-            self._next_shares[:] = self.shares  # the steps measure them
-        else:
-            self.n_free[:] = 0
-            ranks[:, :n_sink], ranks[:, window_begin:n_used] = scores[:, :n_sink], scores[:, window_begin:n_used]
-            _select(ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), self._lists, self._lengths, self._next_shares)
-            self._n_wanted[:] = self._lengths - first
-            self._wanted[:, : window_begin - n_sink] = self._lists[:, n_sink:window_begin]
+        _prefer(scores, self.blocks, self._n_fixed, self.n_listed, n_sink, window_begin, n_used, PREFER, self._ranks)
+        _select(self._ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), self._lists, self._lengths, self._next_shares)
+        self._n_wanted[:] = self._lengths - self._n_fixed
+        self._wanted[:, :n_middle] = self._lists[:, n_sink:window_begin]
         self.times.predict += t1 - t0
         self.times.select += time.perf_counter() - t1
 

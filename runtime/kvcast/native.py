@@ -152,8 +152,6 @@ def kvcast_collect(kv, /) -> int: ...
 def kvcast_pool_verify(kv, /) -> int: ...
 @ctypes_function("kvcast_score_store", [kvcast_p, ctypes.c_int32, c_float_p], None)
 def kvcast_score_store(kv, layer, scores, /): ...
-@ctypes_function("kvcast_choose", [kvcast_p, c_int32_p, ctypes.c_int32], None)
-def kvcast_choose(kv, lists, n_listed, /): ...
 @ctypes_function("kvcast_get_stats", [kvcast_p], kvcast_stats)
 def kvcast_get_stats(kv, /) -> kvcast_stats: ...
 @ctypes_function("kvcast_reset_stats", [kvcast_p], None)
@@ -290,9 +288,17 @@ class Attached:
         if kvcast_pool_scatter(self._kv, buffer, n):
             raise RuntimeError(f"the device could not take in {n} blocks")
 
-    def collect(self) -> bool:
-        """After a sparse step of the device path: bring the new rows to the store and the scores here. False: a callback failed."""
-        return kvcast_collect(self._kv) == 0
+    def collect(self) -> None:
+        """After a sparse step of the device path: bring the new rows to the store and the scores here.
+
+        Raises
+        ------
+        RuntimeError
+            An attention callback failed or the step was stopped: it does not count.
+        """
+        failed = kvcast_collect(self._kv)
+        if failed:
+            raise RuntimeError("an attention callback failed" if failed == 1 else "the step was stopped")
 
     def verify_pool(self) -> int:
         """Slots in use that differ from the block of the store that the table names."""
@@ -301,13 +307,6 @@ class Attached:
     def score_store(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
         """What the last collected query gives every block of the store, exactly: float32, shape (n_head_kv, n_blocks), contiguous."""
         kvcast_score_store(self._kv, layer, scores.ctypes.data_as(c_float_p))
-
-    def choose(self, lists: npt.NDArray[np.int32], n_listed: int) -> None:
-        """Append to the first ``n_listed`` entries of every row the blocks that the last collected query asks for.
-
-        lists : int32, shape (n_layer * n_head_kv, n_blocks), contiguous
-        """
-        kvcast_choose(self._kv, lists.ctypes.data_as(c_int32_p), n_listed)
 
     def abort(self) -> None:
         """Stop the running or next decode between two nodes. Safe from any thread and from a signal handler."""

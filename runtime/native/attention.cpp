@@ -40,7 +40,7 @@ void complete_head(kvcast_layer & layer, const ggml_tensor * q, int n_taps) {
     const float * scores = kv.history_scores.data() + (size_t) layer.id*info.max_taps*info.n_head_kv*info.n_blocks;
     if (kv.mode == KVCAST_SPARSE) {
         if (kv.summary) {
-            kv.estimate_shares(layer.id, -1);
+            kv.estimate_shares(layer.id);
         }
         kv.stats.attention_us += ggml_time_us() - layer.begin_us;
         scores = kv.scores.data() + (size_t) layer.id*info.n_head_kv*info.n_blocks;

@@ -138,8 +138,7 @@ struct kvcast_context {
     // of a layer, before choosing: which channels to keep, from a sample of its keys and the recent queries
     void prepare_summary(int layer);
     void note_queries(int layer, const ggml_tensor * q);
-    // after it: what the critical blocks, from list entry n_fixed on (-1: n_listed of the row), got of the estimated whole
-    void estimate_shares(int layer, int n_fixed);
+    void estimate_shares(int layer);
 
 private:
     void update_cells(const llama_ubatch & ubatch, const int64_t * cells);

@@ -338,9 +338,6 @@ int32_t kvcast_collect(kvcast_context * kv) {
         if (!kv->trace_q.empty()) {
             memcpy(&kv->trace_q[(size_t) il*info.max_taps*info.n_head*info.head_dim_k], pool.query(il), pool.q->nb[1]);
         }
-        if (kv->summary) {
-            kv->estimate_shares(il, pool.n_sink + pool.n_window);
-        }
     }
     for (int il = 0; il < info.n_layer; ++il) {
         const float * scores = &kv->scores[(size_t) il*info.n_head_kv*info.n_blocks];
@@ -348,7 +345,7 @@ int32_t kvcast_collect(kvcast_context * kv) {
             return 1;
         }
     }
-    return 0;
+    return kv->abort ? 2 : 0;
 }
 
 void kvcast_score_store(kvcast_context * kv, int32_t layer, float * scores) {

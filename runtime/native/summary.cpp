@@ -1,6 +1,5 @@
 // Blocks chosen within the step, by the step's own query: the summary of the keys, and the choice by it.
 #include "context.h"
-#include "pool.h"
 
 #include "llama-kv-cache.h"
 
@@ -51,8 +50,7 @@ void summarise_block(kvcast_summary & s, size_t row, const kvcast::rows & k, int
 }
 
 // out [end]: the group's mean estimate for blocks [begin, end), in units of the reference
-void estimate(const kvcast_layer & layer, const kvcast::queries & q, int32_t pos, int n_used_blocks, const kvcast::rows & k, int head,
-        int begin, int end, float * out) {
+void estimate(const kvcast_layer & layer, const kvcast::queries & q, const kvcast::rows & k, int head, int begin, int end, float * out) {
     const auto & kv = *layer.kv;
     const auto & s  = *kv.summary;
     const int dim   = kv.info.head_dim_k;
@@ -69,9 +67,9 @@ void estimate(const kvcast_layer & layer, const kvcast::queries & q, int32_t pos
     kvcast::pack_queries(q, head, group, 0, 1, layer.scale, queries);
 
     // logits of different tokens may lie hundreds apart (Qwen 2.5): measure from what is exactly known
-    const int32_t first_and_newest[2] = {0, n_used_blocks - 1};
+    const int32_t first_and_newest[2] = {0, kv.n_used_blocks - 1};
     int32_t q_pos[kvcast::MAX_GROUP];
-    std::fill_n(q_pos, group, pos);
+    std::fill_n(q_pos, group, kv.q_pos[0]);
     kvcast::task ends = kv.task_of(k, queries, q_pos, group, work);
     ends.blocks        = first_and_newest;
     ends.n_blocks      = 2;
@@ -125,11 +123,13 @@ void estimate(const kvcast_layer & layer, const kvcast::queries & q, int32_t pos
     kv.kernels->estimate(t);
 }
 
-// appends the best n_free blocks of the range to a row's list, ascending
-void choose(kvcast_context & kv, size_t row, int32_t * list, int n_listed) {
+// appends the best n_free blocks of the range to the list, ascending
+void choose(kvcast_context & kv, size_t row) {
     auto & s = *kv.summary;
+    int32_t     * list     = &kv.blocks[row*kv.info.n_blocks];
     const float * estimate = &s.estimates[row*kv.info.n_blocks];
     const float * weight   = &s.weights  [row*kv.info.n_blocks];
+    const int n_listed = kv.n_listed[row];
     const int n_free   = s.n_free[row];
 
     static thread_local std::vector<float> value, sorted;
@@ -236,11 +236,11 @@ void choose_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * 
         for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
             summarise_block(s, row, keys, b);
         }
-        estimate(layer, q, kv.q_pos[0], kv.n_used_blocks, keys, head, begin, end, &s.estimates[row*info.n_blocks]);
+        estimate(layer, q, keys, head, begin, end, &s.estimates[row*info.n_blocks]);
 
         if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
             s.n_done[row] = std::max(s.n_done[row], s.free_end);
-            choose(kv, row, &kv.blocks[row*info.n_blocks], kv.n_listed[row]);
+            choose(kv, row);
             layer.chosen[head].store(true, std::memory_order_release);
             if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == (int) layer.choosers.size()) {
                 kv.stats.choose_us += ggml_time_us() - layer.choose_begin_us;
@@ -265,7 +265,7 @@ void kvcast_context::note_queries(int layer, const ggml_tensor * q) {
     }
 }
 
-void kvcast_context::estimate_shares(int layer, int n_fixed) {
+void kvcast_context::estimate_shares(int layer) {
     for (int head = 0; head < info.n_head_kv; ++head) {
         const size_t row = (size_t) layer*info.n_head_kv + head;
         if (summary->n_free[row] == 0) {
@@ -274,7 +274,7 @@ void kvcast_context::estimate_shares(int layer, int n_fixed) {
         // the estimates are measured by what the chosen blocks then really got
         const float * score = &scores[row*info.n_blocks];
         float chosen = 0;
-        for (int i = n_fixed < 0 ? n_listed[row] : n_fixed; i < (n_fixed < 0 ? n_attended(row) : n_listed[row]); ++i) {
+        for (int i = n_listed[row]; i < n_attended(row); ++i) {
             chosen += score[i];
         }
         summary->shares[row] = 1/(1 + chosen*summary->rest_to_chosen[row]);
@@ -326,30 +326,6 @@ void kvcast_prepare_summary(kvcast_context * kv) {
     for (int layer = 0; kv->summary && layer < kv->info.n_layer; ++layer) {
         kv->prepare_summary(layer);
     }
-}
-
-void kvcast_choose(kvcast_context * kv, int32_t * lists, int32_t n_listed) {
-    auto & s = *kv->summary;
-    const auto & pool = *kv->pool;
-    const auto & info = kv->info;
-    const int64_t begin_us = ggml_time_us();
-    for (size_t row = 0; row < s.n_free.size(); ++row) {
-        if (s.n_free[row] == 0) {
-            continue;
-        }
-        const int layer = row/info.n_head_kv;
-        const int head  = row%info.n_head_kv;
-        const auto keys = kvcast::keys_of(*kv, layer, head);
-        for (int b = s.n_done[row]; b < s.free_end; ++b) {
-            summarise_block(s, row, keys, b);
-        }
-        s.n_done[row] = std::max(s.n_done[row], s.free_end);
-        const kvcast::queries q(pool.query(layer), info.head_dim_k);
-        estimate(*kv->layers[layer], q, pool.seen_pos, pool.seen_blocks, keys, head, s.free_begin, s.free_end, &s.estimates[row*info.n_blocks]);
-        choose(*kv, row, lists + row*info.n_blocks, n_listed);
-        kv->stats.summary_bytes_read += (int64_t) s.free_end*(s.n_probed*KVCAST_BLOCK + info.head_dim_k);
-    }
-    kv->stats.choose_us += ggml_time_us() - begin_us;
 }
 
 int32_t * kvcast_n_free(kvcast_context * kv) { return kv->summary ? kv->summary->n_free.data() : nullptr; }
