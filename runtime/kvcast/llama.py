@@ -96,6 +96,7 @@ class Llama(llama_cpp.Llama):
                 f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )
+        session.attached.clear_abort()
         tokens = list(tokens)
         if session.n_tokens != self.n_tokens or not session.history.primed:
             session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
@@ -106,7 +107,11 @@ class Llama(llama_cpp.Llama):
         else:
             if session.config.predictor in LOOK_AHEAD:
                 self._look_ahead(tokens[0])
-            session.step(tokens[0], self._decode)
+            try:
+                session.step(tokens[0], self._decode)
+            except RuntimeError as error:  # before or after the decode itself
+                self._after_failure()
+                raise GenerationError(f"{error}; the store holds the {self.n_tokens} tokens before it") from error
 
     def _take_back(self, tokens: list[int]) -> list[int]:
         """Prepend the last tokens of the store, to be run once more for their scores."""
@@ -127,18 +132,17 @@ class Llama(llama_cpp.Llama):
     def _decode(self, tokens: Sequence[int]) -> None:
         session = self._session
         assert session is not None
-        session.attached.clear_abort()
         n_before = self.n_tokens
         try:
             super().eval(tokens)
             session.finish_decode()
         except RuntimeError as error:
             self.n_tokens = n_before
+            reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
             self._after_failure()
             cause, self._callback_error = self._callback_error, None
             if cause is not None:
                 raise CallbackError(f"an attention callback raised {type(cause).__name__}: {cause}; the step was not taken") from cause
-            reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
             raise GenerationError(f"{reason}; the store holds the {self.n_tokens} tokens before it") from error
         except BaseException:
             self.n_tokens = min(self.n_tokens, n_before)
@@ -147,6 +151,7 @@ class Llama(llama_cpp.Llama):
 
     def _after_failure(self) -> None:
         assert self._session is not None
+        self._session.attached.clear_abort()
         self._session.truncate(self.n_tokens)
 
     # ---- state

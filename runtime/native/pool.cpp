@@ -293,10 +293,16 @@ int32_t kvcast_pool_scatter(kvcast_context * kv, int32_t buffer, int32_t n) {
         return 0;
     }
     ggml_context_ptr ctx(ggml_init({ 16*ggml_tensor_overhead() + ggml_graph_overhead_custom(8, false), nullptr, true }));
-    auto * gf    = ggml_new_graph_custom(ctx.get(), 8, false);
-    auto * slots = ggml_view_1d(ctx.get(), s.slots, n, 0);
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx.get(), pool.k_raw, ggml_view_2d(ctx.get(), s.k, s.k->ne[0], n, s.k->nb[1], 0), slots));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx.get(), pool.v_raw, ggml_view_2d(ctx.get(), s.v, s.v->ne[0], n, s.v->nb[1], 0), slots));
+    auto * gf = ggml_new_graph_custom(ctx.get(), 8, false);
+    const auto in_place = [](ggml_tensor * view) {
+        ggml_backend_view_init(view); // no allocator sees this graph
+        return view;
+    };
+    auto * slots = in_place(ggml_view_1d(ctx.get(), s.slots, n, 0));
+    for (auto [to, from] : {std::pair{pool.k_raw, s.k}, {pool.v_raw, s.v}}) {
+        auto * rows = in_place(ggml_view_2d(ctx.get(), from, from->ne[0], n, from->nb[1], 0));
+        ggml_build_forward_expand(gf, in_place(ggml_set_rows(ctx.get(), to, rows, slots)));
+    }
     return ggml_backend_graph_compute_async(main_queue(*kv), gf) == GGML_STATUS_SUCCESS ? 0 : 1;
 }
 
