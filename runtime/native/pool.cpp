@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 static size_t align(size_t n) { return (n + 255)/256*256; }
 
@@ -99,8 +100,8 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
         }
     }
 
-    pool->new_k = ggml_new_tensor_2d(ctx, k_type, (int64_t) info.head_dim_k*info.n_head_kv, info.n_layer);
-    pool->new_v = ggml_new_tensor_2d(ctx, v_type, (int64_t) info.head_dim_v*info.n_head_kv, info.n_layer);
+    pool->new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) info.n_head_kv*info.n_layer);
+    pool->new_v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) info.n_head_kv*info.n_layer);
     pool->q     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k*info.n_head, info.n_layer);
     pool->taps  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks*info.n_layer*info.n_head);
     good = good && place(*pool, type, {pool->new_k, pool->new_v, pool->q, pool->taps}, bytes);
@@ -131,8 +132,10 @@ const float * kvcast_pool::query(int layer) const {
 void kvcast::add_pool_inputs(kvcast_context & kv, ggml_context * ctx, kvcast_pool_inputs & inputs) {
     auto & pool = *kv.pool;
     inputs.plan = pool.plan;
-    inputs.rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) kv.info.n_head_kv*kv.info.n_layer);
-    ggml_set_input(inputs.rows);
+    for (auto ** rows : {&inputs.rows, &inputs.outbox_rows}) {
+        *rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) kv.info.n_head_kv*kv.info.n_layer);
+        ggml_set_input(*rows);
+    }
     for (const int n : pool.layer_slots) {
         auto *& mask = inputs.masks[n];
         if (!mask) {
@@ -167,6 +170,8 @@ bool kvcast::set_pool_inputs(kvcast_context & kv, kvcast_pool_inputs & inputs, i
         rows.push_back(slot*KVCAST_BLOCK + new_cell%KVCAST_BLOCK);
     }
     ggml_backend_tensor_set(inputs.rows, rows.data(), 0, ggml_nbytes(inputs.rows));
+    std::iota(rows.begin(), rows.end(), 0);
+    ggml_backend_tensor_set(inputs.outbox_rows, rows.data(), 0, ggml_nbytes(inputs.outbox_rows));
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f), never = ggml_fp32_to_fp16(-INFINITY);
     std::vector<ggml_fp16_t> mask;
@@ -203,24 +208,22 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     const int64_t n_slots = pool.layer_slots[layer];
     const int64_t n_cells = n_slots*KVCAST_BLOCK;
     auto * mask = pool.inputs->masks.at((int) n_slots);
-    auto * rows = ggml_view_1d(ctx, pool.inputs->rows, info.n_head_kv, (size_t) layer*info.n_head_kv*sizeof(int64_t));
+    const auto of = [&](ggml_tensor * rows) {
+        return ggml_view_1d(ctx, rows, info.n_head_kv, (size_t) layer*info.n_head_kv*sizeof(int64_t));
+    };
 
-    // the new token: into the window, and out to the host
+    // the new token: into the window, and, by the same operation and so to the same bytes, out to the host
     k = flat(ctx, k, info.head_dim_k, info.n_head_kv);
     v = flat(ctx, v, info.head_dim_v, info.n_head_kv);
-    const auto put_out = [&](ggml_tensor * t, ggml_tensor * to) {
-        auto * row = ggml_view_1d(ctx, to, to->ne[0], layer*to->nb[1]);
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, t, to->ne[0], 1), row));
-    };
-    put_out(k, pool.new_k);
-    put_out(v, pool.new_v);
-    put_out(q, pool.q);
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_k, k, of(pool.inputs->outbox_rows)));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_v, v, of(pool.inputs->outbox_rows)));
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0], layer*pool.q->nb[1])));
     const auto of_layer = [&](ggml_tensor * written) {
         return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells*written->nb[1],
             (size_t) pool.layer_first[layer]*KVCAST_BLOCK*written->nb[1]);
     };
-    k = of_layer(ggml_set_rows(ctx, pool.k, k, rows));
-    v = of_layer(ggml_set_rows(ctx, pool.v, v, rows));
+    k = of_layer(ggml_set_rows(ctx, pool.k, k, of(pool.inputs->rows)));
+    v = of_layer(ggml_set_rows(ctx, pool.v, v, of(pool.inputs->rows)));
 
     // attention, and beside it how it is spread over the slots
     auto * queries = ggml_permute(ctx, q, 0, 2, 1, 3);
@@ -292,6 +295,11 @@ int32_t kvcast_pool_scatter(kvcast_context * kv, int32_t buffer, int32_t n) {
     if (n == 0) {
         return 0;
     }
+    auto * queue = main_queue(*kv);
+    if (pool.scatters.size() >= 64) { // a long fill
+        ggml_backend_synchronize(queue);
+        pool.scatters.clear();
+    }
     ggml_context_ptr ctx(ggml_init({ 16*ggml_tensor_overhead() + ggml_graph_overhead_custom(8, false), nullptr, true }));
     auto * gf = ggml_new_graph_custom(ctx.get(), 8, false);
     const auto in_place = [](ggml_tensor * view) {
@@ -303,7 +311,8 @@ int32_t kvcast_pool_scatter(kvcast_context * kv, int32_t buffer, int32_t n) {
         auto * rows = in_place(ggml_view_2d(ctx.get(), from, from->ne[0], n, from->nb[1], 0));
         ggml_build_forward_expand(gf, in_place(ggml_set_rows(ctx.get(), to, rows, slots)));
     }
-    return ggml_backend_graph_compute_async(main_queue(*kv), gf) == GGML_STATUS_SUCCESS ? 0 : 1;
+    pool.scatters.push_back(std::move(ctx));
+    return ggml_backend_graph_compute_async(queue, gf) == GGML_STATUS_SUCCESS ? 0 : 1;
 }
 
 int32_t kvcast_collect(kvcast_context * kv) {
@@ -315,6 +324,7 @@ int32_t kvcast_collect(kvcast_context * kv) {
     pool.step_open = false;
     ggml_backend_tensor_get_async(main_queue(*kv), pool.outbox, pool.received.data(), 0, pool.received.size());
     kv->ctx->synchronize();
+    pool.scatters.clear();
 
     if (pool.n_on_device < 0) {
         pool.n_on_device = 0;
@@ -326,8 +336,8 @@ int32_t kvcast_collect(kvcast_context * kv) {
     pool.seen_pos    = kv->q_pos[0];
     pool.seen_blocks = kv->n_used_blocks;
     for (int il = 0; il < info.n_layer; ++il) {
-        memcpy((char *) kvcast_k_data(kv, il) + pool.new_cell*info.k_row_bytes, (const char *) pool.received_at(pool.new_k) + il*pool.new_k->nb[1], info.k_row_bytes);
-        memcpy((char *) kvcast_v_data(kv, il) + pool.new_cell*info.v_row_bytes, (const char *) pool.received_at(pool.new_v) + il*pool.new_v->nb[1], info.v_row_bytes);
+        memcpy((char *) kvcast_k_data(kv, il) + pool.new_cell*info.k_row_bytes, (const char *) pool.received_at(pool.new_k) + il*info.k_row_bytes, info.k_row_bytes);
+        memcpy((char *) kvcast_v_data(kv, il) + pool.new_cell*info.v_row_bytes, (const char *) pool.received_at(pool.new_v) + il*info.v_row_bytes, info.v_row_bytes);
         const int n_slots = pool.layer_slots[il];
         const float * taps = pool.received_at(pool.taps) + (size_t) pool.layer_first[il]/info.n_head_kv*info.n_head;
         for (int h = 0; h < info.n_head_kv; ++h) {

@@ -14,6 +14,7 @@ struct kvcast_context;
 // Inputs of one graph: where the new K and V go, and which cells of a layer's view may be attended to.
 struct kvcast_pool_inputs {
     ggml_tensor * rows = nullptr;          // I64 [n_head_kv*n_layer], rows of the pool
+    ggml_tensor * outbox_rows = nullptr;   // the same of the outbox: 0, 1, 2, ...
     std::map<int, ggml_tensor *> masks;    // F16 [n_slots*16, group] by n_slots of the layer, every row the same
     uint64_t      plan = 0;
 };
@@ -39,9 +40,11 @@ struct kvcast_pool {
         ggml_tensor * slots = nullptr;     // I64 [n_staging]
     } staged[2];
 
+    std::vector<ggml_context_ptr> scatters; // graphs that backends may still look at, until the queue is synchronised
+
     // written by the graph, read back after the step: one piece of memory, `outbox`
     ggml_tensor * outbox = nullptr;
-    ggml_tensor * new_k  = nullptr;        // [head_dim_k*n_head_kv, n_layer], of the cache's type
+    ggml_tensor * new_k  = nullptr;        // [head_dim_k, n_head_kv*n_layer], of the cache's type
     ggml_tensor * new_v  = nullptr;
     ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer]
     ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, layer after layer
