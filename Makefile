@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan lint bench patches reference clean
+.PHONY: demo test test-vulkan soak lint bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -27,6 +27,10 @@ $(VULKAN)/.built: $(wildcard runtime/native/* patches/* tests/vulkan/*.patch) ru
 	$(BIN)/cmake --build build/vulkan/build --target kvcast_libraries >> build/vulkan/build.log
 	$(BIN)/cmake --install build/vulkan/build --prefix $(VULKAN) > /dev/null
 	touch $@
+
+# long runs of the device path: minutes
+soak: $(VENV)/.installed
+	$(BIN)/python scripts/soak.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import pytest
 
 import naive
 from conftest import DATA
-from kvcast import GenerationError, Llama, SparseConfig, device, pool
+from kvcast import GenerationError, Llama, SparseConfig, device, link, pool, sweep
 from test_contract import logits_of
 
 
@@ -204,3 +204,36 @@ def test_a_pool_does_not_grow(make):
     with pytest.raises(ValueError, match="pool of 256 tokens"):
         llm.session.configure(SparseConfig(budget=512, path="device"))
     assert device.STAGING_SHARE == 16
+
+
+def test_link_simulator():
+    slow, fast = link.Link(1e6, 0.0), link.Link(1e12, 0.0)
+    moves = [100, 0, 0, 0] * 10
+    common = dict(step_s=0.010, after_s=0.0, select_s=0.004)
+    assert link.simulate(moves, 1000, fast, **common).tok_s == pytest.approx(100)
+    assert link.simulate(moves, 1000, fast, **common, shared=1.0).tok_s == pytest.approx(1 / 0.011, rel=1e-4)
+    assert link.simulate(moves, 1000, fast, **common, prefetch=False).tok_s == pytest.approx(1 / 0.011, rel=1e-4)
+    late = link.simulate(moves, 1000, slow, **common)  # 100 KB take 100 ms, and a step hides 10 of the 104
+    assert late.wait_ms == pytest.approx(94 / 4) and late.tok_s == pytest.approx(1 / (0.010 + 0.094 / 4))
+    assert late.bytes_per_step == 25000
+
+
+def test_the_simulator_takes_a_real_trace(make, code):
+    llm = make(hold=2)
+    run(llm, llm.tokenize(code.encode()), 1000, 20, verify=False)
+    moves = llm.session.times.moves
+    assert len(moves) == 20 and moves[0] == 90 * 16 and sum(moves[1:]) > 0
+    measured = link.measure_link(llm.session)
+    assert measured.bytes_per_s > 1e7 and 0 < measured.latency_s < 1
+    assert link.simulate(moves, llm.session.pool.bytes_per_move, measured, 0.01, 0.0, 0.001).bytes_per_step > 0
+
+
+def test_sweep_and_its_picture(smollm2, code, tmp_path):
+    config = SparseConfig(budget=512, path="device")
+    rows = sweep.sweep(smollm2, code, config, [640, 1024], [256, 512], [4, 8], n_threads=2, n_steps=8, n_rounds=1)
+    assert [(r["context"], r["budget"], r["hold"]) for r in rows] == [
+        (640, 0, 0), (640, 256, 8), (640, 512, 8), (1024, 0, 0), (1024, 256, 8), (1024, 512, 4), (1024, 512, 8),
+    ]  # fmt: skip
+    assert all(0.5 < r["recovery"] <= 1 and r["compression"] > 0 for r in rows if r["budget"])
+    sweep.plot(rows, tmp_path / "sweep.png", "a title")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvcast import GenerationError, Llama, SparseConfig, session
+from kvcast import GenerationError, Llama, SparseConfig, predictors, session
 from test_contract import logits_of
 
 
@@ -117,3 +117,37 @@ def test_predictors_and_compression(make, code):
         run(llm, tokens, 1000, 3)
         mean = llm.session.n_listed.mean()
         assert mean == (8 if config.get("predictor") == "window" else 15 if "compression" in config else 16)
+
+
+def test_dense_layers_attend_to_everything(make, code):
+    llm = make(dense_layers=2)
+    run(llm, llm.tokenize(code.encode()), 1000, 3)
+    n = llm.session.n_attended.reshape(llm.session.attached.info.n_layer, -1)
+    assert (n[:2] == -(-1003 // 16)).all() and 13 < n[2:].mean() < 17
+
+
+def note_full(session, into):
+    return lambda position: into.append(bool((session.n_attended == position // 16 + 1).all()))
+
+
+@pytest.mark.parametrize("path", ["host", "device"])
+def test_a_poor_step_is_followed_by_one_over_everything(make, code, path):
+    """With a minimum that no sparse step reaches, every other step is dense; with one that all reach, none is."""
+    for minimum, expected in ((0.999, [False, True] * 4), (0.01, [False] * 8)):
+        llm = make(min_recovery=minimum, path=path)
+        tokens, full = llm.tokenize(code.encode()), []
+        llm.session.on_attended = note_full(llm.session, full)
+        run(llm, tokens, 1000, 8)
+        assert full == expected
+
+
+def test_guard_takes_the_average_where_the_network_is_worse(make, code, monkeypatch):
+    class Worse(predictors.Learned):
+        def predict(self, history, n_blocks):
+            return -history.averages[:, 3, :]
+
+    monkeypatch.setattr(predictors, "Learned", Worse)
+    llm = make(predictor="onnx:stream")
+    with pytest.warns(UserWarning, match="'onnx:stream' does worse than the plain average"):
+        llm.eval(llm.tokenize(code.encode())[:1000])
+    assert isinstance(llm.session.predictor, predictors.Average)

@@ -19,6 +19,7 @@ import psutil
 from .config import SparseConfig
 from .errors import ModelError
 from .evaluate import Recovery, measure
+from .link import measure_link, simulate
 from .llama import Llama
 from .session import Session, StepTimes
 
@@ -81,6 +82,22 @@ def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str,
         "compression": info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes) / held,
         "bytes_moved_per_step": times.bytes_moved / times.n_steps,
     }
+
+
+def simulated_report(session: Session, times: StepTimes, step_s: float) -> dict[str, Any]:
+    """What the link simulator makes of the moves of the last round, beside what was measured; empty for the host path."""
+    if not session.config.device:
+        return {}
+    link = measure_link(session)
+    n_selections = max(1, sum(n > 0 for n in times.moves))
+    uploads = sum(link.seconds(n * session.pool.bytes_per_move) for n in times.moves)
+    select_s = max(0.0, times.predict + times.select + times.gather - uploads) / n_selections
+    # on the CPU backend a selection takes a core from the compute
+    forecast = simulate(
+        times.moves, session.pool.bytes_per_move, link, step_s, times.observe / times.n_steps, select_s,
+        prefetch=session.config.prefetch, shared=1.0 if session.attached.pool_info.device == b"CPU" else 0.0,
+    )  # fmt: skip
+    return {"simulated": {**asdict(forecast), "link": asdict(link), "select_ms": 1e3 * select_s, "step_ms": 1e3 * step_s}}
 
 
 def bench(
@@ -155,6 +172,7 @@ def bench(
                 engine.rounds.clear()
     dense, flash = (dense_on, True) if dense_on.tok_s >= dense_off.tok_s else (dense_off, False)
 
+    simulated = simulated_report(session, times, 1 / frozen.tok_s)
     info = session.attached.info
     block_bytes = 16 * (info.k_row_bytes + info.v_row_bytes) // info.n_head_kv
     read_sparse = (times.blocks_read * block_bytes + times.summary_bytes_read) / times.n_steps
@@ -172,6 +190,7 @@ def bench(
         "dense_at_budget": {"context": n_short + n_steps // 2, "tok_s": short.tok_s},
         "sparse": {"tok_s": sparse.tok_s, "prefill_tok_s": sparse.prefill_tok_s},
         "frozen": {"tok_s": frozen.tok_s, "of_dense_at_budget": frozen.tok_s / short.tok_s},
+        **simulated,
         "speedup": sparse.tok_s / dense.tok_s,
         "rounds": {"dense": dense.rounds, "sparse": sparse.rounds, "frozen": frozen.rounds, "dense_at_budget": short.rounds},
         "kv": {
@@ -192,6 +211,7 @@ def bench(
             "predict": times.ms(times.predict),
             "select": times.ms(times.select),
             "observe": times.ms(times.observe),
+            "gather": times.ms(times.gather),
             "calibrate": times.ms(times.calibrate - times.n_calibrations * plain),
             "wait": times.ms(times.wait),
         },

@@ -163,6 +163,7 @@ def bench(
     compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",
     steps: Annotated[int, typer.Option(help="Decode steps of a round.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 5,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Contexts up to --context, budgets, holds; plots into out/.")] = False,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -175,11 +176,40 @@ def bench(
         SparseConfig(predictor=name)
     texts = {path.stem: read_text(path) for path in text or [DEFAULT_TEXT]}
     file = fetched(model)
+    if sweep:
+        _sweep(file, next(iter(texts.values())), config, context, steps, rounds, threads or _all_cores(), json_file)
+        return
     with notes.status("bench") as status:
         report = run(file, texts, context, config, n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, say=status.update)
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     show(report)
+
+
+def _sweep(file, text, config, context, steps, rounds, threads, json_file) -> None:
+    from .sweep import plot, sweep
+
+    contexts = [context // 4 // 256 * 256, context // 2 // 256 * 256, context]
+    budgets = sorted({256, config.budget, 2 * config.budget})
+    with notes.status("sweep") as status:
+        rows = sweep(
+            file, text, config, contexts, budgets, [2, 4, 8, 16], n_threads=threads, n_steps=steps, n_rounds=rounds, say=status.update
+        )
+    if json_file:
+        json_file.write_text(json.dumps({"model": file.name, "threads": threads, "rows": rows}, indent=2) + "\n")
+    table = Table(box=None, pad_edge=False)
+    for column in ("context", "budget", "hold", "tok/s", "recovery", "KL", "KB moved", "compression"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        figures = [f"{r['recovery']:.3f}", f"{r['kl']:.3f}"] if r["budget"] else ["", ""]
+        if "compression" in r:
+            figures += [f"{r['bytes_moved_per_step'] / 1e3:.0f}", f"{r['compression']:.1f}"]
+        budget = [str(r["budget"]), str(r["hold"])] if r["budget"] else ["dense", ""]
+        table.add_row(str(r["context"]), *budget, f"{r['tok_s']:.1f}", *figures)
+    console.print(table)
+    picture = Path("out") / f"sweep-{config.path}.png"
+    plot(rows, picture, f"{file.stem}, {threads} threads, path={config.path}")
+    notes.print(f"plots in {picture}", highlight=False)
 
 
 @app.command()
@@ -254,6 +284,12 @@ def show(report: dict) -> None:
             f"on {kv['device']}: {kv['pool_bytes'] / 1e6:.1f} MB pool, {kv['staging_bytes'] / 1e6:.1f} staging, "
             f"{kv['tap_bytes'] / 1e6:.1f} taps; compression {kv['compression']:.1f}; "
             f"{kv['bytes_moved_per_step'] / 1e3:.0f} KB moved per token",
+            highlight=False,
+        )
+        forecast = report["simulated"]
+        console.print(
+            f"link simulator, from this trace of moves: {forecast['tok_s']:.1f} tok/s, measured {report['sparse']['tok_s']:.1f} "
+            f"(link {forecast['link']['bytes_per_s'] / 1e9:.1f} GB/s, {1e6 * forecast['link']['latency_s']:.0f} us)",
             highlight=False,
         )
     table = Table(box=None, pad_edge=False)

@@ -267,4 +267,6 @@ class DeviceSession(Session):
         if selects:
             self._select_wanted(n_used)
             in_use = self._n_fixed + self._n_wanted
+            begin = time.perf_counter()
             self._n_staged = self.pool.stage(self._buffer, self._wanted, self._n_wanted, in_use, self._n_fixed)
+            self.times.gather += time.perf_counter() - begin

@@ -45,6 +45,7 @@ class StepTimes:
     predict: float = 0.0
     select: float = 0.0
     observe: float = 0.0
+    gather: float = 0.0  # device path: from the store, and up
     wait: float = 0.0  # for a selection that ran beside the step
     calibrate: float = 0.0  # whole duration of the calibrating steps
     blocks_read: int = 0
