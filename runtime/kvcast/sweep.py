@@ -53,11 +53,11 @@ def sweep(
             with contextlib.closing(Llama(path, n_ctx=n_context + 512, sparse=now, **shared)) as llm:
                 say(f"context {n_context}, budget {budget}")
                 llm.eval(tokens[:n_context])
-                for hold in wanted:
+                held = [replace(now, hold=hold) for hold in wanted]
+                for hold, settings, result in zip(wanted, held, measure(llm, tokens, n_context, held)):
                     say(f"context {n_context}, budget {budget}, hold {hold}")
-                    held = replace(now, hold=hold)
-                    found = asdict(measure(llm, tokens, n_context, [held])[0])
-                    llm.session.configure(held)
+                    found = asdict(result)
+                    llm.session.configure(settings)
                     row = {"context": n_context, "budget": budget, "hold": hold, "tok_s": _speed(llm, tokens, n_context, n_rounds)}
                     row |= {key: found[key] for key in ("recovery", "middle_recovery", "kl", "churn")}
                     rows.append(row | pool_report(llm.session, n_context, llm.session.times))
