@@ -408,15 +408,15 @@ class Session:
 
     def _settle(self) -> None:
         """Wait for what runs beside, whatever becomes of it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.exception()
+        if self._pending is not None:
+            self._pending.exception()
+            self._pending = None
 
     def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
+        if self._pending is not None:
             begin = time.perf_counter()
-            error = pending.exception()
+            error = self._pending.exception()  # an interrupt here leaves it to `_settle`
+            self._pending = None
             if error is not None:
                 self._drop_set()
                 raise RuntimeError(f"what runs beside the step failed: {type(error).__name__}: {error}") from error
