@@ -208,7 +208,7 @@ def _sweep(file, text, config, context, steps, rounds, threads, json_file) -> No
         table.add_row(str(r["context"]), *budget, f"{r['tok_s']:.1f}", *figures)
     console.print(table)
     picture = Path("out") / f"sweep-{config.path}.png"
-    plot(rows, picture, f"{file.stem}, {threads} threads, path={config.path}")
+    plot(rows, config, picture, f"{file.stem}, {threads} threads, path={config.path}")
     notes.print(f"plots in {picture}", highlight=False)
 
 

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from . import native
+from .config import SparseConfig
 from .pool import Pool, plan_slots
 from .selection import _select, list_all
 from .session import Session
@@ -35,17 +36,21 @@ def _prefer(scores, table, first, n_listed, begin, end, n_used, factor, out):
                 out[row, b] *= factor
 
 
+def _pool_blocks(config: SparseConfig, n_cells: int) -> int:
+    """Slots per KV head of a layer, in the mean."""
+    return min(config.budget, n_cells) // native.BLOCK_TOKENS
+
+
 @dataclass
 class DeviceSession(Session):
     """Sparse attention over a pool of blocks on the device; see ``Session``."""
 
     def _attach(self, n_taps: int, trace: int) -> native.Attached:
         n_cells = native.llama_cpp.llama_n_ctx(self.ctx)
-        n_blocks = min(self.config.budget, n_cells) // native.BLOCK_TOKENS
+        n_blocks = _pool_blocks(self.config, n_cells)
         model = native.llama_cpp.llama_get_model(self.ctx)
         n_rows = native.llama_cpp.llama_model_n_layer(model) * native.llama_cpp.llama_model_n_head_kv(model)
         n_staging = max(1, n_rows * n_blocks // STAGING_SHARE)
-        self._pool_blocks = n_blocks
         return native.Attached(self.ctx, n_taps, trace, False, n_blocks, n_staging)
 
     def _warm_up(self) -> None:
@@ -73,11 +78,11 @@ class DeviceSession(Session):
         _select(scores, 0, 1, 1, none, self._lists[:1], self._lengths[:1], np.zeros(1, np.float32))
         _prefer(scores, self.blocks[:1], 0, self._lengths[:1] * 0, 0, 1, 1, PREFER, self._ranks[:1])
 
-    def configure(self, config, *, frozen: bool = False) -> None:
-        n_blocks = min(config.budget, self.attached.info.n_cells) // native.BLOCK_TOKENS
-        if not config.device or n_blocks > self._pool_blocks:
+    def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
+        n_blocks = self.attached.pool_info.n_slots // self.n_rows
+        if not config.device or _pool_blocks(config, self.attached.info.n_cells) > n_blocks:
             raise ValueError(
-                f"this session has a pool of {self._pool_blocks * native.BLOCK_TOKENS} tokens on the device; load the model anew for "
+                f"this session has a pool of {n_blocks * native.BLOCK_TOKENS} tokens on the device; load the model anew for "
                 f"path={config.path!r}, budget={config.budget}"
             )
         super().configure(config, frozen=frozen)
@@ -111,7 +116,6 @@ class DeviceSession(Session):
             self._decode(native.SPARSE, [token], decode)
             self._seen = True
         self.times.moves.append(self.pool.n_moved - moved)
-        self.times.bytes_moved += self.times.moves[-1] * self.pool.bytes_per_move
         self._observe(before, begin, n_used)
         if self.on_attended is not None:
             self.on_attended(position)
@@ -148,11 +152,11 @@ class DeviceSession(Session):
         self.shares[:] = 1.0
         self._since_calibration = 0
         self._drop_set()
-        self.pool.forget(n_used - 1)  # the new row is in the store only
+        self.pool.forget_from(n_used - 1)  # the new row is in the store only
 
     def _plan(self) -> None:
         """Slots of every layer, for this prompt."""
-        n_mean = min(self.config.budget, self.attached.info.n_cells) // native.BLOCK_TOKENS
+        n_mean = _pool_blocks(self.config, self.attached.info.n_cells)
         n_layer = self.attached.info.n_layer
         slots = np.full(n_layer, n_mean, np.int32)
         least = -(-(self._n_fixed + 1) // 16) * 16
@@ -179,7 +183,7 @@ class DeviceSession(Session):
             if n_used > self._n_place_used:
                 self._open_block(n_used)
             if self._staged:
-                self.pool.apply(self._buffer, self._n_staged if self._n_staged >= 0 else ~self._n_staged)
+                self.pool.apply(self._buffer, self._n_staged)
                 self._buffer = 1 - self._buffer
                 self._take_wanted()
         self._n_place_used = n_used
@@ -194,8 +198,8 @@ class DeviceSession(Session):
     def _take_wanted(self) -> None:
         """Bring what is still missing of the wanted set into the pool, and attend to it from now on."""
         in_use = self._n_fixed + self._n_wanted
-        for row in np.flatnonzero(in_use < self.n_listed):
-            self.blocks[row, in_use[row] : self.n_listed[row]] = -1
+        slots = np.arange(self.blocks.shape[1])
+        self.blocks[(slots >= in_use[:, None]) & (slots < self.n_listed[:, None])] = -1
         self.pool.move(self._wanted, self._n_wanted, in_use, self._n_fixed)
         self.n_listed[:] = in_use
         self.shares[:] = self._next_shares

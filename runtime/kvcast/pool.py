@@ -6,6 +6,8 @@ block in slot i, -1 for none.
 
 from __future__ import annotations
 
+import ctypes
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ Ids = npt.NDArray[np.int32]
 
 @numba.njit(nogil=True, cache=True)
 def _difference(table, n_slots, wanted, n_wanted, first, n_max, rows, slots, blocks):
-    """Moves that bring the slots [first, n_slots) of every row to what is wanted; at most ``n_max``, and -1 when more are needed."""
+    """The first ``n_max`` moves, or fewer, that bring the slots [first, n_slots) of every row to what is wanted; how many."""
     n = 0
     resident = np.zeros(wanted.shape[1] + 1, np.uint8)
     for row in range(table.shape[0]):
@@ -37,7 +39,7 @@ def _difference(table, n_slots, wanted, n_wanted, first, n_max, rows, slots, blo
                 if n == n_max:
                     for j in range(n_wanted[row]):
                         resident[wanted[row, j]] = 0
-                    return -1
+                    return n
                 rows[n], slots[n], blocks[n] = row, s, b
                 n += 1
                 s += 1
@@ -98,7 +100,7 @@ class Pool:
         self._moves = [tuple(np.zeros(n, t) for t in (np.int32, np.int32, np.int32)) for _ in (0, 1)]  # rows, slots, blocks
 
     def plan(self, layer_slots: npt.NDArray[np.int32], n_sink: int, n_window: int) -> None:
-        """Give every layer its slots per KV head. Empties the pool."""
+        """Give every layer its slots per KV head: shape (n_layer,), multiples of 16. Empties the pool; ValueError when they do not fit."""
         self._attached.plan_pool(layer_slots, n_sink, n_window)
         self.n_slots[:] = np.repeat(layer_slots, self._n_head_kv)
         self._first_slot[:] = np.concatenate([[0], np.cumsum(self.n_slots)[:-1]])
@@ -106,10 +108,6 @@ class Pool:
     def forget_from(self, block: int) -> None:
         """Empty the slots whose blocks lie at or past ``block``."""
         self.table[self.table >= block] = -1
-
-    def forget(self, block: int) -> None:
-        """Empty the slots that hold ``block``."""
-        self.table[self.table == block] = -1
 
     def stage(self, buffer: int, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int) -> int:
         """Bring what is wanted and not there to a staging buffer on the device. Runs beside a step.
@@ -125,17 +123,15 @@ class Pool:
         Returns
         -------
         int
-            Moves staged; negative, less one, when there are more to make (``~n`` of them are staged).
+            Moves staged; as many as a buffer holds when there may be more to make.
         """
         rows, slots, blocks = self._moves[buffer]
         n = _difference(self.table, n_used, wanted, n_wanted, first, len(rows), rows, slots, blocks)
-        more = n < 0
-        n = len(rows) if more else n
         self.upload(buffer, n)
-        return ~n if more else n
+        return n
 
     def upload(self, buffer: int, n: int) -> None:
-        """Gather the first n moves of a buffer and bring them to the device."""
+        """Gather the blocks of a buffer's first n moves (``stage`` or ``put`` made them) and bring them to the device."""
         rows, slots, blocks = self._moves[buffer]
         staged, targets = self._attached.staging[buffer]
         for (store, offsets, row_bytes, head_bytes), out in zip(self._store, (staged[: self._k_bytes], staged[self._k_bytes :])):
@@ -153,12 +149,10 @@ class Pool:
 
     def move(self, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int) -> None:
         """Bring everything that is wanted into the pool, now."""
-        buffer = 0
-        while True:
+        buffer, n = 0, len(self._moves[0][0])
+        while n == len(self._moves[0][0]):
             n = self.stage(buffer, wanted, n_wanted, n_used, first)
-            self.apply(buffer, n if n >= 0 else ~n)
-            if n >= 0:
-                return
+            self.apply(buffer, n)
             buffer = 1 - buffer
 
     def put(self, slot: int, block: int) -> None:
@@ -174,8 +168,6 @@ class Pool:
 
 
 def _bytes_at(address: int, n: int) -> npt.NDArray[np.uint8]:
-    import ctypes
-
     return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), shape=(n,))
 
 

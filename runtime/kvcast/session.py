@@ -54,8 +54,7 @@ class StepTimes:
     attention_us: int = 0
     choose_us: int = 0
     summary_bytes_read: int = 0
-    bytes_moved: int = 0  # device path: into the pool
-    moves: list[int] = field(default_factory=list)  # blocks, by step
+    moves: list[int] = field(default_factory=list)  # device path: blocks brought into the pool, by step
 
     def ms(self, seconds: float) -> float:
         return 1e3 * seconds / max(1, self.n_steps)

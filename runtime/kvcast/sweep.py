@@ -75,7 +75,7 @@ def _speed(llm: Llama, tokens: Sequence[int], n_context: int, n_rounds: int) -> 
     return statistics.median(speeds[1:])
 
 
-def plot(rows: list[dict[str, Any]], out: Path, title: str) -> None:
+def plot(rows: list[dict[str, Any]], config: SparseConfig, out: Path, title: str) -> None:
     """Tokens per second against context, bytes moved per token against hold, recovery against budget: one picture."""
     import matplotlib
 
@@ -83,21 +83,19 @@ def plot(rows: list[dict[str, Any]], out: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     longest = max(r["context"] for r in rows)
-    by_hold = sorted((r for r in rows if r["context"] == longest and r["budget"]), key=lambda r: r["hold"])
-    main = max({r["budget"] for r in by_hold}, key=lambda b: sum(r["budget"] == b for r in by_hold))
-    usual = next(r["hold"] for r in by_hold if r["budget"] != main) if {r["budget"] for r in by_hold} != {main} else by_hold[0]["hold"]
     fig, (speed, moved, recovery) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for budget in sorted({r["budget"] for r in rows}):
-        line = [r for r in rows if r["budget"] == budget and r["hold"] in (0, usual)]
+        line = [r for r in rows if r["budget"] == budget and r["hold"] in (0, config.steps_held)]
         name = f"budget {budget}" if budget else "dense"
         speed.plot([r["context"] for r in line], [r["tok_s"] for r in line], "o-" if budget else "ks--", label=name)
     speed.set(xlabel="context, tokens", ylabel="tokens per second", ylim=(0, None), title="speed")
     speed.legend()
-    line = [r for r in by_hold if r["budget"] == main and "bytes_moved_per_step" in r]
+    line = sorted((r for r in rows if r["context"] == longest and r["budget"] == config.budget), key=lambda r: r["hold"])
+    line = [r for r in line if "bytes_moved_per_step" in r]
     moved.plot([r["hold"] for r in line], [r["bytes_moved_per_step"] / 1e3 for r in line], "o-")
-    moved.set(xlabel="hold, steps", ylabel="KB moved per token", ylim=(0, None), title=f"traffic, context {longest}, budget {main}")
+    moved.set(xlabel="hold, steps", ylabel="KB moved per token", ylim=(0, None), title=f"traffic, context {longest}, budget {config.budget}")
     for context in sorted({r["context"] for r in rows}):
-        line = [r for r in rows if r["context"] == context and r["hold"] == usual]
+        line = [r for r in rows if r["context"] == context and r["hold"] == config.steps_held]
         recovery.plot([r["budget"] for r in line], [r["recovery"] for r in line], "o-", label=f"context {context}")
     recovery.set(xlabel="budget, tokens", ylabel="recovery of attention", title="quality")
     recovery.legend()

@@ -132,6 +132,10 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         auto layer = std::make_unique<kvcast_layer>();
         layer->kv = kv.get();
         layer->id = il;
+        layer->k  = cache->get_k_storage(il)->data;
+        // the cache shows V only as a view made in a graph's context
+        ggml_context_ptr scratch(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+        layer->v  = cache->get_v(scratch.get(), il, info.n_cells, llama_kv_cache::slot_info{})->data;
         layer->n_parts.resize(info.n_head_kv);
         layer->parts_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
         layer->chunks_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
@@ -412,13 +416,9 @@ const float * kvcast_trace_q       (const kvcast_context * kv) { return kv->trac
 const float * kvcast_trace_scores  (const kvcast_context * kv) { return kv->trace_scores.empty() ? nullptr : kv->trace_scores.data(); }
 
 const void * kvcast_k_data(const kvcast_context * kv, int32_t layer) {
-    return kv->cache->get_k_storage(layer)->data;
+    return kv->layers[layer]->k;
 }
 
 const void * kvcast_v_data(const kvcast_context * kv, int32_t layer) {
-    // the cache shows V only as a view made in a graph's context
-    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
-    ggml_context_ptr scratch(ggml_init(params));
-    llama_kv_cache::slot_info whole = {};
-    return kv->cache->get_v(scratch.get(), layer, kv->info.n_cells, whole)->data;
+    return kv->layers[layer]->v;
 }

@@ -53,6 +53,8 @@ struct kvcast_summary {
 struct kvcast_layer {
     kvcast_context * kv = nullptr;
     int              id = 0; // layer of the model
+    void           * k = nullptr; // rows of the store
+    void           * v = nullptr;
     float            scale = 1.0f; // of the logits
 
     // a contiguous part of one KV head's list; scores: a group of queries of one KV head

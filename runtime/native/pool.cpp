@@ -105,11 +105,17 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     pool->q     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k*info.n_head, info.n_layer);
     pool->taps  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks*info.n_layer*info.n_head);
     good = good && place(*pool, type, {pool->new_k, pool->new_v, pool->q, pool->taps}, bytes);
+    pool->outbox_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv*info.n_layer);
+    size_t row_bytes = 0;
+    good = good && place(*pool, type, {pool->outbox_rows}, row_bytes);
     if (!good) {
         why_not = "the device has no memory left for the pool of " + std::to_string(n_blocks*KVCAST_BLOCK) + " tokens; take a smaller budget";
         return nullptr;
     }
-    pool->tap_bytes = bytes;
+    std::vector<int64_t> rows(pool->outbox_rows->ne[0]);
+    std::iota(rows.begin(), rows.end(), 0);
+    ggml_backend_tensor_set(pool->outbox_rows, rows.data(), 0, ggml_nbytes(pool->outbox_rows));
+    pool->tap_bytes = bytes + row_bytes;
     pool->received.resize(bytes);
     pool->outbox = alias(*pool, pool->new_k, GGML_TYPE_I8, bytes, 1);
     pool->k_raw  = alias(*pool, pool->k, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_slots);
@@ -132,10 +138,8 @@ const float * kvcast_pool::query(int layer) const {
 void kvcast::add_pool_inputs(kvcast_context & kv, ggml_context * ctx, kvcast_pool_inputs & inputs) {
     auto & pool = *kv.pool;
     inputs.plan = pool.plan;
-    for (auto ** rows : {&inputs.rows, &inputs.outbox_rows}) {
-        *rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) kv.info.n_head_kv*kv.info.n_layer);
-        ggml_set_input(*rows);
-    }
+    inputs.rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) kv.info.n_head_kv*kv.info.n_layer);
+    ggml_set_input(inputs.rows);
     for (const int n : pool.layer_slots) {
         auto *& mask = inputs.masks[n];
         if (!mask) {
@@ -170,8 +174,6 @@ bool kvcast::set_pool_inputs(kvcast_context & kv, kvcast_pool_inputs & inputs, i
         rows.push_back(slot*KVCAST_BLOCK + new_cell%KVCAST_BLOCK);
     }
     ggml_backend_tensor_set(inputs.rows, rows.data(), 0, ggml_nbytes(inputs.rows));
-    std::iota(rows.begin(), rows.end(), 0);
-    ggml_backend_tensor_set(inputs.outbox_rows, rows.data(), 0, ggml_nbytes(inputs.outbox_rows));
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f), never = ggml_fp32_to_fp16(-INFINITY);
     std::vector<ggml_fp16_t> mask;
@@ -215,8 +217,8 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     // the new token: into the window, and, by the same operation and so to the same bytes, out to the host
     k = flat(ctx, k, info.head_dim_k, info.n_head_kv);
     v = flat(ctx, v, info.head_dim_v, info.n_head_kv);
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_k, k, of(pool.inputs->outbox_rows)));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_v, v, of(pool.inputs->outbox_rows)));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_k, k, of(pool.outbox_rows)));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_v, v, of(pool.outbox_rows)));
     ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0], layer*pool.q->nb[1])));
     const auto of_layer = [&](ggml_tensor * written) {
         return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells*written->nb[1],
@@ -336,8 +338,9 @@ int32_t kvcast_collect(kvcast_context * kv) {
     pool.seen_pos    = kv->q_pos[0];
     pool.seen_blocks = kv->n_used_blocks;
     for (int il = 0; il < info.n_layer; ++il) {
-        memcpy((char *) kvcast_k_data(kv, il) + pool.new_cell*info.k_row_bytes, (const char *) pool.received_at(pool.new_k) + il*info.k_row_bytes, info.k_row_bytes);
-        memcpy((char *) kvcast_v_data(kv, il) + pool.new_cell*info.v_row_bytes, (const char *) pool.received_at(pool.new_v) + il*info.v_row_bytes, info.v_row_bytes);
+        const auto & layer = *kv->layers[il];
+        memcpy((char *) layer.k + pool.new_cell*info.k_row_bytes, (const char *) pool.received_at(pool.new_k) + il*info.k_row_bytes, info.k_row_bytes);
+        memcpy((char *) layer.v + pool.new_cell*info.v_row_bytes, (const char *) pool.received_at(pool.new_v) + il*info.v_row_bytes, info.v_row_bytes);
         const int n_slots = pool.layer_slots[il];
         const float * taps = pool.received_at(pool.taps) + (size_t) pool.layer_first[il]/info.n_head_kv*info.n_head;
         for (int h = 0; h < info.n_head_kv; ++h) {

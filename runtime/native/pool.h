@@ -14,7 +14,6 @@ struct kvcast_context;
 // Inputs of one graph: where the new K and V go, and which cells of a layer's view may be attended to.
 struct kvcast_pool_inputs {
     ggml_tensor * rows = nullptr;          // I64 [n_head_kv*n_layer], rows of the pool
-    ggml_tensor * outbox_rows = nullptr;   // the same of the outbox: 0, 1, 2, ...
     std::map<int, ggml_tensor *> masks;    // F16 [n_slots*16, group] by n_slots of the layer, every row the same
     uint64_t      plan = 0;
 };
@@ -48,6 +47,7 @@ struct kvcast_pool {
     ggml_tensor * new_v  = nullptr;
     ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer]
     ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, layer after layer
+    ggml_tensor * outbox_rows = nullptr;   // I64 [n_head_kv*n_layer], of new_k and new_v: 0, 1, 2, ...
     std::vector<uint8_t> received;         // the outbox on the host
 
     int n_slots   = 0;
