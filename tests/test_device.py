@@ -56,7 +56,8 @@ def test_difference(compiled):
             assert got == expected
             assert all(set(w) <= set(table[r, first : n_slots[r]].tolist()) for r, w in enumerate(lists))
             if n > 1:
-                all_moves = [(row, *move) for row, moves_of in enumerate(naive.difference(table * 0 - 1, n_slots, lists, first)) for move in moves_of]
+                to_empty = enumerate(naive.difference(np.full_like(table, -1), n_slots, lists, first))
+                all_moves = [(row, *move) for row, moves_of in to_empty for move in moves_of]
                 assert f(np.full_like(table, -1), n_slots, wanted, n_wanted, first, 1, *moves) == 1
                 assert tuple(int(m[0]) for m in moves) == all_moves[0]
             table[rng.random(table.shape) < 0.1] = -1

@@ -115,6 +115,7 @@ def bench(
     n_steps: int = 64,
     n_rounds: int = 5,
     predictors: Sequence[str] = (),
+    also: Sequence[SparseConfig] = (),
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Measure; see the module's docstring for how.
@@ -127,6 +128,8 @@ def bench(
         Decode steps of a round, and of a recovery pass; a multiple of the calibration interval keeps rounds alike.
     predictors : sequence of str
         Others to measure the recovery of, beside the configured one.
+    also : sequence of SparseConfig
+        The other path, to be measured beside ``config`` in the same rounds.
 
     Returns
     -------
@@ -136,21 +139,24 @@ def bench(
     n_threads = n_threads or psutil.cpu_count(logical=False) or 1
     shared: dict[str, Any] = dict(n_ctx=n_context + 512, n_threads=n_threads, n_threads_batch=n_threads, n_batch=n_batch, verbose=False)
 
-    say(f"loading and reading {n_context} tokens: sparse")
-    llm = Llama(path, sparse=config, **shared)
     first = next(iter(texts))
-    documents = {name: tokens_of(llm, text, n_context + n_steps, name) for name, text in texts.items()}
-    tokens = documents[first]
-    sparse = _read(llm, tokens[:n_context])
-    session = sparse.llm.session
     names = [config.predictor, *(p for p in predictors if p != config.predictor)]
-    found: dict[str, list[Recovery]] = {}
-    for name in [*(n for n in texts if n != first), first]:  # the first comes last: its context stays for the rounds
-        say(f"recovery on {name}")
-        if sparse.llm.input_ids[:n_context].tolist() != documents[name][:n_context] or sparse.llm.n_tokens != n_context:
-            sparse.llm.reset()
-            sparse.llm.eval(documents[name][:n_context])
-        found[name] = measure(sparse.llm, documents[name], n_context, [replace(config, predictor=p) for p in names])
+    engines: list[Engine] = []
+    found: dict[str, list[Recovery]] = {name: [] for name in texts}
+    for now in (config, *also):
+        say(f"loading and reading {n_context} tokens: sparse, path={now.path}")
+        llm = Llama(path, sparse=now, **shared)
+        documents = {name: tokens_of(llm, text, n_context + n_steps, name) for name, text in texts.items()}
+        tokens = documents[first]
+        engines.append(_read(llm, tokens[:n_context]))
+        for name in [*(n for n in texts if n != first), first]:  # the first comes last: its context stays for the rounds
+            say(f"recovery on {name}, path={now.path}")
+            if llm.input_ids[:n_context].tolist() != documents[name][:n_context] or llm.n_tokens != n_context:
+                llm.reset()
+                llm.eval(documents[name][:n_context])
+            found[name] += measure(llm, documents[name], n_context, [replace(now, predictor=p) for p in names])
+    sparse, others = engines[0], engines[1:]
+    session = sparse.llm.session
     say(f"loading and reading {n_context} tokens: dense, flash attention on")
     dense_on = _read(Llama(path, flash_attn=True, **shared), tokens[:n_context])
     say(f"loading and reading {n_context} tokens: dense, flash attention off")
@@ -168,11 +174,14 @@ def bench(
         session.configure(config)
         sparse.round(steps)
         times = session.times
+        for engine, now in zip(others, also):
+            engine.llm.session.configure(now)
+            engine.round(steps)
         session.configure(config, frozen=True)
         frozen.round(steps)
         short.round(short_steps)
         if i == 0:
-            for engine in (dense_on, dense_off, sparse, frozen, short):
+            for engine in (dense_on, dense_off, *engines, frozen, short):
                 engine.rounds.clear()
     dense, flash = (dense_on, True) if dense_on.tok_s >= dense_off.tok_s else (dense_off, False)
 
@@ -191,16 +200,27 @@ def bench(
         "config": asdict(config),
         "threads": n_threads,
         "dense": {"tok_s": dense.tok_s, "prefill_tok_s": dense.prefill_tok_s, "flash_attn": flash},
+        "dense_flash_on": {"tok_s": dense_on.tok_s, "prefill_tok_s": dense_on.prefill_tok_s},
+        "dense_flash_off": {"tok_s": dense_off.tok_s, "prefill_tok_s": dense_off.prefill_tok_s},
         "dense_at_budget": {"context": n_short + n_steps // 2, "tok_s": short.tok_s},
         "sparse": {"tok_s": sparse.tok_s, "prefill_tok_s": sparse.prefill_tok_s},
         "frozen": {"tok_s": frozen.tok_s, "of_dense_at_budget": frozen.tok_s / short.tok_s},
+        "paths": {
+            now.path: {
+                "tok_s": engine.tok_s,
+                "prefill_tok_s": engine.prefill_tok_s,
+                "rounds": engine.rounds,
+                **asdict(found[first][i * len(names)]),
+                **pool_report(engine.llm.session, n_context, times if i == 0 else engine.llm.session.times),
+            }
+            for i, (engine, now) in enumerate(zip(engines, (config, *also)))
+        },
         **simulated,
         "speedup": sparse.tok_s / dense.tok_s,
         "rounds": {"dense": dense.rounds, "sparse": sparse.rounds, "frozen": frozen.rounds, "dense_at_budget": short.rounds},
         "kv": {
             "summary_bytes": info.summary_bytes,
             "store_bytes": info.n_layer * info.n_cells * (info.k_row_bytes + info.v_row_bytes),
-            **pool_report(session, n_context, times),
             "read_bytes_dense": times.blocks_dense * block_bytes / times.n_steps,
             "read_bytes_sparse": read_sparse,
             "read_reduction": times.blocks_dense * block_bytes / times.n_steps / read_sparse,
@@ -221,6 +241,6 @@ def bench(
         },
         "documents": {name: [asdict(r) for r in results] for name, results in found.items()},
     }
-    for engine in (sparse, dense_on, dense_off, short):
+    for engine in (*engines, dense_on, dense_off, short):
         engine.llm.close()
     return report

@@ -158,7 +158,7 @@ def bench(
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budgets,
-    path: Where = DEFAULT.path,
+    path: Annotated[str, typer.Option(help="host or device; host,device: both, side by side.")] = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",
     steps: Annotated[int, typer.Option(help="Decode steps of a round.")] = 64,
@@ -170,7 +170,10 @@ def bench(
     """Measure sparse against dense: speed, KV read, recovery."""
     from .bench import bench as run
 
-    config = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
+    config, *also = (
+        SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=name, prefetch=prefetch)
+        for name in path.split(",")
+    )
     others = [name for name in compare.split(",") if name]
     for name in others:
         SparseConfig(predictor=name)
@@ -180,7 +183,8 @@ def bench(
         _sweep(file, next(iter(texts.values())), config, context, steps, rounds, threads or _all_cores(), json_file)
         return
     with notes.status("bench") as status:
-        report = run(file, texts, context, config, n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, say=status.update)
+        more = dict(n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, also=also)
+        report = run(file, texts, context, config, **more, say=status.update)
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     show(report)
@@ -266,39 +270,44 @@ def show(report: dict) -> None:
     console.print(f"{report['model']}, context {report['context']}, {report['threads']} threads", highlight=False)
     console.print(f"SparseConfig({settings})", style="dim", highlight=False)
     speed = Table(box=None, pad_edge=False)
-    for column in ("", "tok/s", "to dense", "KV read per token"):
+    for column in ("", "tok/s", "to dense", "first token", "KV read per token"):
         speed.add_column(column, justify="left" if not column else "right")
     dense, kv = report["dense"], report["kv"]
     flash = "on" if dense["flash_attn"] else "off"
+    main, *others = report["paths"].items()
     rows = [
-        (f"dense (flash attention {flash})", dense["tok_s"], kv["read_bytes_dense"]),
-        ("sparse", report["sparse"]["tok_s"], kv["read_bytes_sparse"]),
-        ("sparse, frozen set", report["frozen"]["tok_s"], None),
-        (f"dense at context {report['dense_at_budget']['context']}", report["dense_at_budget"]["tok_s"], None),
+        (f"dense (flash attention {flash})", dense, kv["read_bytes_dense"]),
+        (f"sparse, path={main[0]}", main[1], kv["read_bytes_sparse"]),
+        *((f"sparse, path={name}", engine, None) for name, engine in others),
+        ("sparse, frozen set", report["frozen"], None),
+        (f"dense at context {report['dense_at_budget']['context']}", report["dense_at_budget"], None),
     ]
-    for name, tok_s, read in rows:
-        speed.add_row(name, f"{tok_s:.1f}", f"{tok_s / dense['tok_s']:.2f}x", f"{read / 1e6:.1f} MB" if read else "")
+    for name, engine, read in rows:
+        tok_s, prefill = engine["tok_s"], engine.get("prefill_tok_s")
+        first = f"{report['context'] / prefill:.1f} s" if prefill else ""
+        speed.add_row(name, f"{tok_s:.1f}", f"{tok_s / dense['tok_s']:.2f}x", first, f"{read / 1e6:.1f} MB" if read else "")
     console.print(speed)
-    if "compression" in kv:
+    if pool := report["paths"].get("device"):
         console.print(
-            f"on {kv['device']}: {kv['pool_bytes'] / 1e6:.1f} MB pool, {kv['staging_bytes'] / 1e6:.1f} staging, "
-            f"{kv['tap_bytes'] / 1e6:.1f} taps; compression {kv['compression']:.1f}; "
-            f"{kv['bytes_moved_per_step'] / 1e3:.0f} KB moved per token",
+            f"on {pool['device']}: {pool['pool_bytes'] / 1e6:.1f} MB pool, {pool['staging_bytes'] / 1e6:.1f} staging, "
+            f"{pool['tap_bytes'] / 1e6:.1f} taps; compression {pool['compression']:.1f}; "
+            f"{pool['fill_bytes'] / 1e6:.1f} MB to fill it, then {pool['bytes_moved_per_step'] / 1e3:.0f} KB moved per token",
             highlight=False,
         )
-        forecast = report["simulated"]
+    if forecast := report.get("simulated"):
         console.print(
             f"link simulator, from this trace of moves: {forecast['tok_s']:.1f} tok/s, measured {report['sparse']['tok_s']:.1f} "
             f"(link {forecast['link']['bytes_per_s'] / 1e9:.1f} GB/s, {1e6 * forecast['link']['latency_s']:.0f} us)",
             highlight=False,
         )
     table = Table(box=None, pad_edge=False)
-    for column in ("document", "predictor", "recovery", "middle", "KL", "same token", "churn/step"):
+    for column in ("document", "path", "predictor", "recovery", "middle", "KL", "same token", "churn/step"):
         table.add_column(column)
     for name, results in report["documents"].items():
         for r in results:
             table.add_row(
                 name,
+                r["path"],
                 r["predictor"],
                 f"{r['recovery']:.3f}",
                 f"{r['middle_recovery']:.3f}",

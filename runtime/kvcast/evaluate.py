@@ -28,6 +28,7 @@ class Recovery:
     """
 
     predictor: str
+    path: str
     budget: int
     budgets: str
     hold: int
@@ -213,6 +214,7 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence
         results.append(
             Recovery(
                 predictor=now.predictor,
+                path=now.path,
                 budget=now.budget_blocks(n_context) * native.BLOCK_TOKENS,
                 budgets=now.budgets,
                 hold=now.steps_held,

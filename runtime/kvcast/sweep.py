@@ -93,7 +93,7 @@ def plot(rows: list[dict[str, Any]], config: SparseConfig, out: Path, title: str
     line = sorted((r for r in rows if r["context"] == longest and r["budget"] == config.budget), key=lambda r: r["hold"])
     line = [r for r in line if "bytes_moved_per_step" in r]
     moved.plot([r["hold"] for r in line], [r["bytes_moved_per_step"] / 1e3 for r in line], "o-")
-    moved.set(xlabel="hold, steps", ylabel="KB moved per token", ylim=(0, None), title=f"traffic, context {longest}, budget {config.budget}")
+    moved.set(xlabel="hold, steps", ylabel="KB moved per token", ylim=(0, None), title=f"traffic at {longest}, budget {config.budget}")
     for context in sorted({r["context"] for r in rows}):
         line = [r for r in rows if r["context"] == context and r["hold"] == config.steps_held]
         recovery.plot([r["budget"] for r in line], [r["recovery"] for r in line], "o-", label=f"context {context}")
