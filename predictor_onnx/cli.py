@@ -222,7 +222,7 @@ def evaluate(
     """Recovery of predictors in the live loop, teacher-forced; every combination of what is given."""
     from kvcast import Llama, SparseConfig
     from kvcast.cli import DEFAULT_TEXT, fetched
-    from kvcast.evaluate import measure
+    from kvcast.eval.recovery import measure
 
     configs = [
         SparseConfig(budget=b, predictor=p, budgets=spread, calibrate=c, hold=hold, path=where)

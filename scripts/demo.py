@@ -12,7 +12,7 @@ from rich.table import Table
 from kvcast import Llama, SparseConfig, models
 from kvcast.chat import Conversation
 from kvcast.cli import fetched, notes, progress
-from kvcast.evaluate import Recorder, recovery_of, true_scores
+from kvcast.eval.recovery import Recorder, recovery_of, true_scores
 from kvcast.picture import attended
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from kvcast import Llama, SparseConfig, evaluate, trace
+from kvcast import Llama, SparseConfig, trace
 from kvcast.errors import KvcastError
+from kvcast.eval import recovery
 from kvcast.history import DECAYS
 from predictor_onnx import data
 from test_errors import command
@@ -74,7 +75,7 @@ def test_trace_goes_on_where_it_stopped(tmp_path):
 
 def test_copies_are_found():
     tokens = [9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 50, 51, 2, 3, 4, 5, 6, 7, 60]
-    assert evaluate.copied_from(tokens, 12) == {13: 2, 14: 3, 15: 4, 16: 5, 17: 6, 18: 7}
+    assert recovery.copied_from(tokens, 12) == {13: 2, 14: 3, 15: 4, 16: 5, 17: 6, 18: 7}
 
 
 def test_evaluate_writes_what_it_promises(tmp_path, code):

@@ -18,7 +18,7 @@ import psutil
 
 from .config import SparseConfig
 from .errors import ModelError
-from .evaluate import Recovery, measure
+from .eval.recovery import Recovery, measure
 from .link import measure_link, simulate
 from .llama import Llama
 from .session import Session, StepTimes

@@ -20,11 +20,13 @@ from predictor_onnx.cli import app as predictor_app
 from . import models
 from .config import SparseConfig
 from .errors import KvcastError
+from .eval.cli import app as eval_app
 
 from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 app.add_typer(predictor_app, name="predictor")
+app.add_typer(eval_app, name="eval")
 console = Console()
 notes = Console(stderr=True)
 

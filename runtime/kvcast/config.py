@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .native import BLOCK_TOKENS
 
 POOL_STEP = 256  # tokens: of the device path's budgets
-PREDICTORS = ("auto", "ema", "last", "window", "oracle", "quest")
+PREDICTORS = ("auto", "ema", "last", "window", "oracle", "quest", "streaming", "h2o", "snapkv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class SparseConfig:
     predictor : str
         ``auto`` (``onnx:stream`` where ONNX Runtime is installed, else ``ema``), ``ema`` (average of past block scores),
         ``last`` (scores of the last step), ``window`` (sink and window only),
-        ``onnx:NAME`` (a network of predictor_onnx, or a path to one), ``oracle`` and ``quest`` (run each step twice, to see its
-        true scores or its query; for evaluation).
+        ``onnx:NAME`` (a network of predictor_onnx, or a path to one). For evaluation: ``oracle`` and ``quest`` (run each step twice,
+        to see its true scores or its query), ``streaming``, ``h2o``, ``snapkv`` (published methods, simulated; ``kvcast eval``).
     sink, window : int
         First and most recent tokens that are always attended to.
     hold : int or None
@@ -143,7 +143,7 @@ class SparseConfig:
     @property
     def summary(self) -> bool:
         """Whether steps choose blocks themselves; not where the predictor sees the step itself or wants nothing."""
-        return self.keeps_summary and self.predictor not in ("oracle", "quest", "window")
+        return self.keeps_summary and self.predictor not in ("oracle", "quest", "window", "streaming", "h2o", "snapkv")
 
     @property
     def calibrate_every(self) -> int:

@@ -77,6 +77,7 @@ class DeviceSession(Session):
         none = np.zeros(1, np.int64)
         _select(scores, 0, 1, 1, none, self._lists[:1], self._lengths[:1], np.zeros(1, np.float32))
         _prefer(scores, self.blocks[:1], 0, self._lengths[:1] * 0, 0, 1, 1, PREFER, self._ranks[:1])
+        self.history.epoch += 1  # what a predictor has kept of this is void
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
         n_blocks = self.attached.pool_info.n_slots // self.n_rows
@@ -113,7 +114,7 @@ class DeviceSession(Session):
         else:
             self._place_set(n_used)
             self.attended, self.n_attended = self.blocks, self.n_listed
-            self._decode(native.SPARSE, [token], decode)
+            self._run(native.SPARSE, [token], decode)
             self._seen = True
         self.times.moves.append(self.pool.n_moved - moved)
         self._observe(before, begin, n_used)
@@ -145,7 +146,7 @@ class DeviceSession(Session):
 
     def _dense_step(self, token: int, decode: Callable[[Sequence[int]], None], n_used: int) -> None:
         """Attend to the whole store; its exact scores go to the history as those of a full list."""
-        self._decode(native.HISTORY, [token], decode)
+        self._run(native.HISTORY, [token], decode)
         list_all(n_used, self._lists, self._lengths)
         self.attended, self.n_attended = self._lists, self._lengths
         self.scores[:, :n_used] = self.attached.history_scores[:, 0].reshape(self.n_rows, -1)[:, :n_used]

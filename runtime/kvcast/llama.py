@@ -113,6 +113,11 @@ class Llama(llama_cpp.Llama):
                 self._after_failure()
                 raise GenerationError(f"{error}; the store holds the {self.n_tokens} tokens before it") from error
 
+    def dense_eval(self, token: int) -> None:
+        """Evaluate one token dense, with a session that is otherwise sparse. For evaluation; ``eval`` goes on sparse."""
+        self.session.attached.clear_abort()
+        self.session.dense_step(token, self._decode)
+
     def _take_back(self, tokens: list[int]) -> list[int]:
         """Prepend the last tokens of the store, to be run once more for their scores."""
         assert self._session is not None

@@ -165,6 +165,7 @@ class Session:
         for summary in (False, self.config.summary):
             self._fill(some, scores, n, min(3, n), 1, 1, summary)
         self.n_listed[few] = self.n_free[few] = 0
+        self.history.epoch += 1  # what a predictor has kept of this is void
 
     def close(self) -> None:
         if self._worker is not None:
@@ -206,11 +207,11 @@ class Session:
         n_taps = self.attached.info.max_taps
         n_dense = max(0, len(tokens) - HISTORY_TOKENS)
         for i in range(0, n_dense, self.n_batch):
-            self._decode(native.DENSE, tokens[i : min(i + self.n_batch, n_dense)], decode)
+            self._run(native.DENSE, tokens[i : min(i + self.n_batch, n_dense)], decode)
             self._report(i + self.n_batch, len(tokens))
         for i in range(n_dense, len(tokens), n_taps):
             part = tokens[i : i + n_taps]
-            self._decode(native.HISTORY, part, decode)
+            self._run(native.HISTORY, part, decode)
             n_check = min(GUARD_TOKENS, len(part) // 2) if i + n_taps >= len(tokens) else 0
             self.history.observe_all(self.attached.history_scores, 0, len(part) - n_check, self._n_blocks())
             if n_check:
@@ -256,7 +257,7 @@ class Session:
         before = self.attached.stats
         self.attended, self.n_attended = self.blocks, self.n_listed + self.n_free
         position = self.n_tokens
-        self._decode(native.SPARSE, [token], decode)
+        self._run(native.SPARSE, [token], decode)
         self._observe(before, begin, n_used)
         if self.on_attended is not None:
             self.on_attended(position)
@@ -290,9 +291,13 @@ class Session:
 
     def observe_truth(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""
-        self._decode(native.HISTORY, [token], decode)
+        self._run(native.HISTORY, [token], decode)
         self.history.observe_all(self.attached.history_scores, 0, 1, self._n_blocks())
         self._age = None
+
+    def dense_step(self, token: int, decode: Callable[[Sequence[int]], None], mode: int = native.DENSE) -> None:
+        """Run one token dense; ``mode=native.HISTORY`` leaves its scores in ``attached.history_scores``. For evaluation."""
+        self._run(mode, [token], decode)
 
     @property
     def free_range(self) -> tuple[int, int]:
@@ -304,7 +309,7 @@ class Session:
     def _n_blocks(self) -> int:
         return -(-self.n_tokens // native.BLOCK_TOKENS)
 
-    def _decode(self, mode: int, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
+    def _run(self, mode: int, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
         self.attached.set_mode(mode)
         self.in_sparse_step = mode == native.SPARSE
         try:

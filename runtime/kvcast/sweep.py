@@ -15,7 +15,7 @@ from typing import Any
 
 from .bench import pool_report, tokens_of
 from .config import SparseConfig
-from .evaluate import measure
+from .eval.recovery import measure
 from .llama import Llama
 
 

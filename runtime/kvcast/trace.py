@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import KvcastError
-from .evaluate import Recorder, true_scores
+from .eval.recovery import Recorder, true_scores
 from .llama import Llama
 from .native import BLOCK_TOKENS
 

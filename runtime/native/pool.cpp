@@ -30,7 +30,7 @@ static ggml_backend_t main_queue(const kvcast_context & kv) {
 static bool place(kvcast_pool & pool, ggml_backend_buffer_type_t type, const std::vector<ggml_tensor *> & tensors, size_t & bytes) {
     bytes = 0;
     for (auto * t : tensors) {
-        bytes += align(ggml_nbytes(t));
+        bytes += align(ggml_backend_buft_get_alloc_size(type, t));
     }
     ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(type, bytes));
     if (!buffer) {
@@ -40,7 +40,7 @@ static bool place(kvcast_pool & pool, ggml_backend_buffer_type_t type, const std
     char * at = (char *) ggml_backend_buffer_get_base(buffer.get());
     for (auto * t : tensors) {
         ggml_backend_tensor_alloc(buffer.get(), t, at);
-        at += align(ggml_nbytes(t));
+        at += align(ggml_backend_buft_get_alloc_size(type, t));
     }
     pool.buffers.push_back(std::move(buffer));
     return true;

@@ -8,14 +8,15 @@ out of both terms (and is weighted by mass, as shares of it are tiny where sink 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from . import native
-from .config import SparseConfig
-from .llama import Llama
+from .. import native
+from ..config import SparseConfig
+from ..llama import Llama
+from .output_error import Outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,13 @@ class Recovery:
     churn: float  # share of the set that is new at a step
     estimated: float  # the runtime's own estimate of recovery
     kl: float  # mean over tokens of the divergence of the next-token distribution from dense, nats
+    kl_median: float
+    kl_p99: float  # that the worst percent of tokens exceeds
+    ppl_dense: float  # perplexity of the text, of dense and of this one
+    ppl_sparse: float
+    output_error: float | None  # of attention, see output_error.py; None where it was not asked for
+    n_steps: int
+    n_dense_steps: int  # of them, over everything: calibrations and fallbacks
     top1: float  # share of tokens where the likeliest next token is the same
     ms_per_step: float  # mean over the sparse pass
     state_bytes_per_block: int  # of the predictor
@@ -47,7 +55,7 @@ class Recovery:
     copied_in_set: float | None
     copied_right: float | None
     copied_right_dense: float | None
-    ratio_to_oracle: float | None = None  # of middle recovery, where an oracle of the same budgets was run
+    ratio_to_oracle: float | None = None  # of middle recovery, where an oracle of the same budget was run: the best of them
 
 
 class Recorder:
@@ -79,13 +87,13 @@ def next_logits(llm: Llama) -> np.ndarray:
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    """float32, of the last axis."""
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
-def true_scores(llm: Llama, tokens: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Run tokens dense, one by one.
+def true_scores(llm: Llama, tokens: Sequence[int], on_step: Callable[[], None] | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+    """Run tokens dense, one by one, and call ``on_step`` after each.
 
     Returns
     -------
@@ -95,10 +103,12 @@ def true_scores(llm: Llama, tokens: Sequence[int]) -> tuple[list[np.ndarray], np
     session = llm.session
     found, logits = [], []
     for token in tokens:
-        session._decode(native.HISTORY, [token], llm._decode)
+        session.dense_step(token, llm._decode, native.HISTORY)
         n_used = -(-session.n_tokens // native.BLOCK_TOKENS)
         found.append(session.attached.history_scores[:, 0, :, :n_used].reshape(session.n_rows, n_used).copy())
         logits.append(next_logits(llm))
+        if on_step is not None:
+            on_step()
     return found, np.stack(logits)
 
 
@@ -171,10 +181,25 @@ def churn_of(masks: Sequence[np.ndarray]) -> float:
     return new / max(1, held)
 
 
-def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence[SparseConfig]) -> list[Recovery]:
+def measure(
+    llm: Llama,
+    tokens: Sequence[int],
+    n_context: int,
+    configs: Sequence[SparseConfig],
+    *,
+    outputs: bool = False,
+    say: Callable[[int], None] = lambda _: None,
+) -> list[Recovery]:
     """Recovery of each configuration over ``tokens[n_context:]``, in the live loop.
 
     The context must have been evaluated just before (``llm.eval(tokens[:n_context])``); it is left as it was found.
+
+    Parameters
+    ----------
+    outputs : bool
+        Measure the error of attention's output too; the model must have been loaded with ``SparseConfig(trace=True)``.
+    say : callable
+        Called with the number of configurations done.
 
     Raises
     ------
@@ -191,11 +216,19 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence
         session.truncate(n_context)
         session.history.restore(primed)
 
-    truth, dense_logits = true_scores(llm, tokens[n_context:])
+    found = Outputs(llm, n_context) if outputs else None
+    truth, dense_logits = true_scores(llm, tokens[n_context:], found.note if found else None)
+    if found:
+        found.end_of_dense_pass()
     dense = log_softmax(dense_logits)
+    n_known = len(tokens) - n_context - 1  # steps whose next token the text tells
+    target = np.arange(n_known), np.asarray(tokens[n_context + 1 :])
+    nll_dense = -float(dense[target].mean())
     sources = copied_from(tokens, n_context)
     results = []
-    for now in configs:
+    all_masks = []
+    for i, now in enumerate(configs):
+        say(i)
         session.configure(now)
         rewind()
         session.on_attended = recorder = Recorder(llm)
@@ -208,6 +241,8 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence
             session.on_attended = None
         sparse = log_softmax(np.stack(logits))
         times, masks = session.times, recorder.masks
+        all_masks.append(masks)
+        kl = (np.exp(dense) * (dense - sparse)).sum(-1)
         steps = steps_of(masks, truth, now)
         recovery, middle = _means(steps)
         recovery_interval, middle_interval = intervals(steps)
@@ -225,7 +260,14 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence
                 middle_interval=middle_interval,
                 churn=churn_of(masks),
                 estimated=times.share_sum / times.n_steps,
-                kl=float((np.exp(dense) * (dense - sparse)).sum(-1).mean()),
+                kl=float(kl.mean()),
+                kl_median=float(np.median(kl)),
+                kl_p99=float(np.percentile(kl, 99)),
+                ppl_dense=float(np.exp(nll_dense)),
+                ppl_sparse=float(np.exp(-sparse[target].mean())),
+                output_error=None,
+                n_steps=times.n_steps,
+                n_dense_steps=times.n_calibrations,
                 top1=float((dense.argmax(-1) == sparse.argmax(-1)).mean()),
                 ms_per_step=times.ms(times.total),
                 state_bytes_per_block=session.predictor.state_bytes_per_block,
@@ -234,8 +276,13 @@ def measure(llm: Llama, tokens: Sequence[int], n_context: int, configs: Sequence
         )
     session.configure(config)
     rewind()
-    oracles = {(r.budget, r.budgets): r.middle_recovery for r in results if r.predictor == "oracle"}
-    return [replace(r, ratio_to_oracle=r.middle_recovery / o if (o := oracles.get((r.budget, r.budgets))) else None) for r in results]
+    if found:
+        results = [replace(r, output_error=error) for r, error in zip(results, found.errors(all_masks), strict=True)]
+    oracles: dict[int, float] = {}
+    for r in results:
+        if r.predictor == "oracle":
+            oracles[r.budget] = max(r.middle_recovery, oracles.get(r.budget, 0.0))
+    return [replace(r, ratio_to_oracle=r.middle_recovery / o if (o := oracles.get(r.budget)) else None) for r in results]
 
 
 def _copied(sources, tokens, n_context, masks, truth, dense, sparse) -> dict:

@@ -1,0 +1,76 @@
+"""Error of attention's output: what a set leaves out, measured where it matters to the layers behind.
+
+For the queries of a dense pass: the output over the keys of a set beside the output over all of them, relative to its length.
+Mean over query heads, layers and steps. In NumPy, from the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import native
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+F16 = 1
+
+
+class Outputs:
+    """Queries, keys and values of a dense pass that starts at ``n_context``.
+
+    Raises
+    ------
+    ValueError
+        The session keeps no queries, or its store is not f16.
+    """
+
+    def __init__(self, llm: Llama, n_context: int):
+        self._attached = llm.session.attached
+        info = self._attached.info
+        if self._attached.trace_q is None or (info.type_k, info.type_v) != (F16, F16):
+            raise ValueError("the output error needs an f16 store and a model loaded with SparseConfig(trace=True)")
+        self._n_context = n_context
+        self._queries: list[np.ndarray] = []
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def note(self) -> None:
+        """After each dense step."""
+        self._queries.append(self._attached.trace_q[:, 0].copy())
+
+    def end_of_dense_pass(self) -> None:
+        """Keep the rows of its tokens, which later passes write anew."""
+        cells = slice(self._n_context, self._n_context + len(self._queries))
+        self._rows = [tuple(x[cells].copy() for x in self._attached.rows(layer)) for layer in range(self._attached.info.n_layer)]
+
+    def errors(self, masks: Sequence[Sequence[np.ndarray]]) -> list[float]:
+        """Mean error of each configuration, from its masks: one a step, bool, shape (n_rows, n_blocks)."""
+        info = self._attached.info
+        queries = np.stack(self._queries)  # (n_steps, n_layer, n_head, head_dim)
+        n_steps, group = len(queries), info.n_head // info.n_head_kv
+        n_cells = self._n_context + n_steps
+        future = np.arange(n_cells) > self._n_context + np.arange(n_steps)[:, None]
+        sums = np.zeros(len(masks))
+        for layer in range(info.n_layer):
+            k, v = (
+                np.concatenate([rows[: self._n_context], new]).view(np.float16).reshape(n_cells, info.n_head_kv, -1).astype(np.float32)
+                for rows, new in zip(self._attached.rows(layer), self._rows[layer])
+            )
+            for head in range(info.n_head_kv):
+                q = queries[:, layer, head * group : (head + 1) * group] * info.head_dim_k**-0.5
+                logits = q.reshape(n_steps * group, -1) @ k[:, head].T
+                logits = logits.reshape(n_steps, group, n_cells)
+                logits[np.broadcast_to(future[:, None], logits.shape)] = -np.inf
+                p = np.exp(logits - logits.max(-1, keepdims=True))
+                whole = p @ v[:, head] / p.sum(-1, keepdims=True)
+                length = np.linalg.norm(whole, axis=-1)
+                for i, steps in enumerate(masks):
+                    row = layer * info.n_head_kv + head
+                    kept = np.repeat(np.stack([m[row] for m in steps]), native.BLOCK_TOKENS, axis=1)[:, None, :n_cells]
+                    part = p * kept
+                    part = part @ v[:, head] / part.sum(-1, keepdims=True)
+                    sums[i] += (np.linalg.norm(part - whole, axis=-1) / length).mean()
+        return (sums / (info.n_layer * info.n_head_kv)).tolist()
