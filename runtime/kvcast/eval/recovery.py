@@ -55,7 +55,7 @@ class Recovery:
     copied_in_set: float | None
     copied_right: float | None
     copied_right_dense: float | None
-    ratio_to_oracle: float | None = None  # of middle recovery, where an oracle of the same budget was run: the best of them
+    ratio_to_oracle: float | None = None  # of middle recovery, where an oracle of the same budget was run; with the same `budgets`, if there was one
 
 
 class Recorder:
@@ -278,11 +278,10 @@ def measure(
     rewind()
     if found:
         results = [replace(r, output_error=error) for r, error in zip(results, found.errors(all_masks), strict=True)]
-    oracles: dict[int, float] = {}
-    for r in results:
-        if r.predictor == "oracle":
-            oracles[r.budget] = max(r.middle_recovery, oracles.get(r.budget, 0.0))
-    return [replace(r, ratio_to_oracle=r.middle_recovery / o if (o := oracles.get(r.budget)) else None) for r in results]
+    oracles = {r.budget: r.middle_recovery for r in results if r.predictor == "oracle"}  # spread or uniform, where there is one
+    same = {(r.budget, r.budgets): r.middle_recovery for r in results if r.predictor == "oracle"}
+    best = [same.get((r.budget, r.budgets), oracles.get(r.budget)) for r in results]
+    return [replace(r, ratio_to_oracle=r.middle_recovery / o if o else None) for r, o in zip(results, best)]
 
 
 def _copied(sources, tokens, n_context, masks, truth, dense, sparse) -> dict:
