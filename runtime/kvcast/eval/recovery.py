@@ -55,7 +55,7 @@ class Recovery:
     copied_in_set: float | None
     copied_right: float | None
     copied_right_dense: float | None
-    ratio_to_oracle: float | None = None  # of middle recovery, where an oracle of the same budget was run; with the same `budgets`, if there was one
+    ratio_to_oracle: float | None = None  # of middle recovery, to an oracle of the same budget and, if run, `budgets`
 
 
 class Recorder:
