@@ -60,7 +60,7 @@ def test_not_a_gguf(tmp_path, content):
 
 
 def test_budget_below_sink_and_window():
-    one_sentence(command("chat", "--budget", "100"), "budget is 100", "144")
+    one_sentence(command("chat", "--budget", "80"), "budget is 80", "96")
 
 
 @pytest.mark.parametrize(

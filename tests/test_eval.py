@@ -97,9 +97,9 @@ def test_published_methods_choose_as_they_should(llm, code):
     sets = {name: attended(llm, tokens, n_context, name) for name in ("streaming", "h2o", "snapkv")}
     for name, masks in sets.items():
         assert (masks.sum(2) == 16).all(), name
-        assert masks[:, :, :4].all(), name  # the sink
+        assert masks[:, :, 0].all(), name  # the sink
     last = (n_context + np.arange(40)) // 16
-    assert all(masks[:, last[i] - 11 : last[i] + 1].all() for i, masks in enumerate(sets["streaming"]))
+    assert all(masks[:, last[i] - 14 : last[i] + 1].all() for i, masks in enumerate(sets["streaming"]))
     for name in ("streaming", "h2o"):  # what is gone stays gone
         for i in range(1, 40):
             assert not (sets[name][i] & ~sets[name][i - 1])[:, : last[i - 1] + 1].any(), name

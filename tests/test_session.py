@@ -116,7 +116,7 @@ def test_predictors_and_compression(make, code):
         tokens = llm.tokenize(code.encode())
         run(llm, tokens, 1000, 3)
         mean = llm.session.n_listed.mean()
-        assert mean == (8 if config.get("predictor") == "window" else 15 if "compression" in config else 16)
+        assert mean == (5 if config.get("predictor") == "window" else 15 if "compression" in config else 16)
 
 
 def test_dense_layers_attend_to_everything(make, code):

@@ -63,7 +63,7 @@ class SparseConfig:
     budget: int = 512
     compression: float | None = None
     predictor: str = "auto"
-    sink: int = 64
+    sink: int = 16
     window: int = 64
     hold: int | None = None
     calibrate: str = "auto"

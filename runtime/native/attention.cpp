@@ -222,9 +222,10 @@ public:
     explicit attn_input(const llm_graph_input_attn_kv & base) : llm_graph_input_attn_kv(base) {}
 
     // with a pool, and of a single token in sparse mode
-    void use_pool(ggml_context * ctx) {
-        pooled = std::make_unique<kvcast_pool_inputs>();
-        kvcast::add_pool_inputs(*cparams.kvcast, ctx, *pooled);
+    void use_pool() {
+        pooled = true;
+        plan   = cparams.kvcast->pool->plan;
+        kvcast::begin_pool_graph(*cparams.kvcast);
     }
 
     void set_input(const llama_ubatch * ubatch) override {
@@ -242,22 +243,23 @@ public:
         auto * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
         ggml_backend_tensor_alloc(buffer.get(), idxs, &cell);
         mctx->set_input_k_idxs(idxs, ubatch);
-        kv.begin_step(*ubatch, &cell, pooled.get());
+        kv.begin_step(*ubatch, &cell, true);
     }
 
     bool can_reuse(const llm_graph_params & params) override {
         const bool sparse = params.cparams.kvcast_mode == KVCAST_SPARSE && params.ubatch.n_tokens == 1;
         const auto * pool = params.cparams.kvcast->pool.get();
-        if (!sparse || (pooled != nullptr) != (pool != nullptr)) {
+        if (!sparse || pooled != (pool != nullptr)) {
             return !pooled && llm_graph_input_attn_kv::can_reuse(params);
         }
         // the nodes read the cells that they are told to: the padded number of cells, and the mask, play no part
         mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
-        return pool ? pooled->plan == pool->plan : self_k_idxs->ne[0] == params.ubatch.n_tokens;
+        return pool ? plan == pool->plan : self_k_idxs->ne[0] == params.ubatch.n_tokens;
     }
 
 private:
-    std::unique_ptr<kvcast_pool_inputs> pooled;
+    bool     pooled = false;
+    uint64_t plan   = 0; // of the pool, whose addresses the graph holds
 };
 
 } // namespace
@@ -300,10 +302,10 @@ task kvcast_context::task_of(const kvcast::rows & k, const float * q, const int3
 }
 
 std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp, kvcast_context * kv,
-        ggml_context * ctx, int mode, int64_t n_tokens) {
+        int mode, int64_t n_tokens) {
     auto made = std::make_unique<attn_input>(*inp);
     if (kv->pool && mode == KVCAST_SPARSE && n_tokens == 1) {
-        made->use_pool(ctx);
+        made->use_pool();
     }
     return made;
 }

@@ -339,7 +339,7 @@ void kvcast_context::plan_history(int n_taps) {
     }
 }
 
-void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells, kvcast_pool_inputs * pooled) {
+void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled) {
     if (ubatch.n_tokens > (mode == KVCAST_SPARSE ? 1u : (uint32_t) info.max_taps)) {
         if (mode == KVCAST_HISTORY) {
             fail("a batch in history mode has " + std::to_string(ubatch.n_tokens) + " tokens, more than max_taps");
@@ -352,7 +352,7 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
     if (pooled) {
         if (pool->step_open) {
             fail("the results of the step before were not collected (kvcast_collect)");
-        } else if (kvcast::set_pool_inputs(*this, *pooled, (int32_t) cells[0])) {
+        } else if (kvcast::send_inbox(*this, (int32_t) cells[0])) {
             stats.n_steps++;
             for (const int n : n_listed) {
                 stats.blocks_read += n;

@@ -11,7 +11,6 @@
 
 class  llama_kv_cache;
 struct kvcast_pool;
-struct kvcast_pool_inputs;
 struct ggml_tensor;
 struct llama_ubatch;
 
@@ -129,7 +128,7 @@ struct kvcast_context {
     int group() const { return info.n_head/info.n_head_kv; }
 
     // before the graph runs; cells: indices of the cells that the tokens of the batch go to
-    void begin_step(const llama_ubatch & ubatch, const int64_t * cells, kvcast_pool_inputs * pooled = nullptr);
+    void begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled = false);
     void fail(const std::string & why);
     // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
     int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_free[row] : 0); }

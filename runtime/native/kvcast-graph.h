@@ -9,7 +9,7 @@ struct kvcast_context;
 
 // Wraps the input of a graph in history or sparse mode: fills the per-step tables, decides on reuse.
 std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp, kvcast_context * kv,
-        ggml_context * ctx, int mode, int64_t n_tokens);
+        int mode, int64_t n_tokens);
 
 // Device path, sparse mode: the attention output over the pool; K and V of the step go there instead of to the store (they are
 // brought to the store after the step, kvcast_collect). Everything else: nullptr, llama.cpp goes on as always.

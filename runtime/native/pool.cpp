@@ -46,6 +46,20 @@ static bool place(kvcast_pool & pool, ggml_backend_buffer_type_t type, const std
     return true;
 }
 
+// Memory on the host that the device copies from and to, pinned where it can be.
+static uint8_t * host_memory(kvcast_pool & pool, size_t bytes) {
+    auto * type = ggml_backend_dev_host_buffer_type(pool.device);
+    ggml_backend_buffer_ptr buffer(type ? ggml_backend_buft_alloc_buffer(type, bytes) : nullptr);
+    if (!buffer) {
+        buffer.reset(ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), bytes));
+    }
+    if (!buffer) {
+        return nullptr;
+    }
+    pool.buffers.push_back(std::move(buffer));
+    return (uint8_t *) ggml_backend_buffer_get_base(pool.buffers.back().get());
+}
+
 static ggml_tensor * alias(const kvcast_pool & pool, const ggml_tensor * of, ggml_type type, int64_t ne0, int64_t ne1) {
     auto * t = ggml_new_tensor_2d(pool.tensors.get(), type, ne0, ne1);
     ggml_backend_tensor_alloc(of->buffer, t, of->data);
@@ -89,15 +103,8 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
         pool->staging_bytes += bytes;
 
         const size_t n_host = ggml_nbytes(s.k) + ggml_nbytes(s.v) + ggml_nbytes(s.slots);
-        auto * host_type = ggml_backend_dev_host_buffer_type(pool->device);
-        ggml_backend_buffer_ptr host(host_type ? ggml_backend_buft_alloc_buffer(host_type, n_host) : nullptr);
-        if (host) {
-            s.host = (uint8_t *) ggml_backend_buffer_get_base(host.get());
-            pool->buffers.push_back(std::move(host));
-        } else {
-            s.fallback.resize(n_host);
-            s.host = s.fallback.data();
-        }
+        s.host = host_memory(*pool, n_host);
+        good = good && s.host;
     }
 
     pool->new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) info.n_head_kv*info.n_layer);
@@ -106,8 +113,14 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     pool->taps  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks*info.n_layer*info.n_head);
     good = good && place(*pool, type, {pool->new_k, pool->new_v, pool->q, pool->taps}, bytes);
     pool->outbox_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv*info.n_layer);
-    size_t row_bytes = 0;
-    good = good && place(*pool, type, {pool->outbox_rows}, row_bytes);
+    pool->rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv*info.n_layer);
+    pool->masks = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) n_blocks*info.n_layer*KVCAST_BLOCK*kv.group());
+    size_t in_bytes = 0;
+    good = good && place(*pool, type, {pool->outbox_rows, pool->rows, pool->masks}, in_bytes);
+    const size_t inbox_bytes = align(ggml_nbytes(pool->rows)) + ggml_nbytes(pool->masks);
+    pool->sent     = host_memory(*pool, inbox_bytes);
+    pool->received = host_memory(*pool, bytes);
+    good = good && pool->sent && pool->received;
     if (!good) {
         why_not = "the device has no memory left for the pool of " + std::to_string(n_blocks*KVCAST_BLOCK) + " tokens; take a smaller budget";
         return nullptr;
@@ -115,8 +128,8 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     std::vector<int64_t> rows(pool->outbox_rows->ne[0]);
     std::iota(rows.begin(), rows.end(), 0);
     ggml_backend_tensor_set(pool->outbox_rows, rows.data(), 0, ggml_nbytes(pool->outbox_rows));
-    pool->tap_bytes = bytes + row_bytes;
-    pool->received.resize(bytes);
+    pool->tap_bytes = bytes + in_bytes;
+    pool->inbox  = alias(*pool, pool->rows, GGML_TYPE_I8, inbox_bytes, 1);
     pool->outbox = alias(*pool, pool->new_k, GGML_TYPE_I8, bytes, 1);
     pool->k_raw  = alias(*pool, pool->k, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_slots);
     pool->v_raw  = alias(*pool, pool->v, GGML_TYPE_F16, pool->v_block_bytes/2, pool->n_slots);
@@ -126,7 +139,7 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
 }
 
 const float * kvcast_pool::received_at(const ggml_tensor * t) const {
-    return (const float *) (received.data() + ((const char *) t->data - (const char *) outbox->data));
+    return (const float *) (received + ((const char *) t->data - (const char *) outbox->data));
 }
 
 const float * kvcast_pool::query(int layer) const {
@@ -135,31 +148,19 @@ const float * kvcast_pool::query(int layer) const {
 
 // ---- the graph
 
-void kvcast::add_pool_inputs(kvcast_context & kv, ggml_context * ctx, kvcast_pool_inputs & inputs) {
-    auto & pool = *kv.pool;
-    inputs.plan = pool.plan;
-    inputs.rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) kv.info.n_head_kv*kv.info.n_layer);
-    ggml_set_input(inputs.rows);
-    for (const int n : pool.layer_slots) {
-        auto *& mask = inputs.masks[n];
-        if (!mask) {
-            mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, (int64_t) n*KVCAST_BLOCK, kv.group());
-            ggml_set_input(mask);
-        }
-    }
-    pool.inputs = &inputs;
-    pool.attention.assign(kv.info.n_layer, nullptr);
-    pool.n_on_device = -1;
+void kvcast::begin_pool_graph(kvcast_context & kv) {
+    kv.pool->attention.assign(kv.info.n_layer, nullptr);
+    kv.pool->n_on_device = -1;
 }
 
-bool kvcast::set_pool_inputs(kvcast_context & kv, kvcast_pool_inputs & inputs, int32_t new_cell) {
+bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
     auto & pool = *kv.pool;
     const auto & info = kv.info;
     const int32_t new_block = new_cell/KVCAST_BLOCK;
     const int ring = pool.n_sink + new_block%pool.n_window;
     const int n_fixed = pool.n_sink + pool.n_window;
 
-    std::vector<int64_t> rows;
+    auto * rows = (int64_t *) pool.sent;
     for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
         const int layer = row/info.n_head_kv;
         const int n = kv.n_listed[row];
@@ -171,29 +172,29 @@ bool kvcast::set_pool_inputs(kvcast_context & kv, kvcast_pool_inputs & inputs, i
             return false;
         }
         const int64_t slot = pool.layer_first[layer] + (int64_t) (row%info.n_head_kv)*pool.layer_slots[layer] + ring;
-        rows.push_back(slot*KVCAST_BLOCK + new_cell%KVCAST_BLOCK);
+        rows[row] = slot*KVCAST_BLOCK + new_cell%KVCAST_BLOCK;
     }
-    ggml_backend_tensor_set(inputs.rows, rows.data(), 0, ggml_nbytes(inputs.rows));
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f), never = ggml_fp32_to_fp16(-INFINITY);
-    std::vector<ggml_fp16_t> mask;
-    for (auto & [n_slots, tensor] : inputs.masks) {
+    for (const auto & [n_slots, offset] : pool.mask_at) {
         const int layer = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), n_slots) - pool.layer_slots.begin();
         const int32_t * table = &kv.blocks[(size_t) layer*info.n_head_kv*info.n_blocks];
         const int n = kv.n_listed[layer*info.n_head_kv];
-        mask.assign((size_t) n_slots*KVCAST_BLOCK, never);
-        for (int s = 0; s < n; ++s) {
-            for (int j = 0; j < KVCAST_BLOCK; ++j) {
-                // critical blocks are complete, see kvcast_pool_scatter
-                if (s >= n_fixed || kv.cell_pos[table[s]*KVCAST_BLOCK + j] <= kv.q_pos[0]) {
-                    mask[(size_t) s*KVCAST_BLOCK + j] = zero;
-                }
+        const size_t n_cells = (size_t) n_slots*KVCAST_BLOCK;
+        auto * mask = (ggml_fp16_t *) (pool.sent + align(ggml_nbytes(pool.rows)) + offset);
+        // critical blocks are complete, see kvcast_pool_scatter
+        std::fill_n(mask, n*KVCAST_BLOCK, zero);
+        std::fill(mask + n*KVCAST_BLOCK, mask + n_cells, never);
+        for (int i = 0; i < n_fixed*KVCAST_BLOCK; ++i) {
+            if (kv.cell_pos[table[i/KVCAST_BLOCK]*KVCAST_BLOCK + i%KVCAST_BLOCK] > kv.q_pos[0]) {
+                mask[i] = never;
             }
         }
-        for (int g = 0; g < kv.group(); ++g) {
-            ggml_backend_tensor_set(tensor, mask.data(), g*tensor->nb[1], tensor->nb[1]);
+        for (int g = 1; g < kv.group(); ++g) {
+            memcpy(mask + g*n_cells, mask, n_cells*sizeof(ggml_fp16_t));
         }
     }
+    ggml_backend_tensor_set_async(main_queue(kv), pool.inbox, pool.sent, 0, pool.inbox_used);
     pool.new_cell  = new_cell;
     pool.step_open = true;
     return true;
@@ -209,7 +210,7 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     const auto & info = kv.info;
     const int64_t n_slots = pool.layer_slots[layer];
     const int64_t n_cells = n_slots*KVCAST_BLOCK;
-    auto * mask = pool.inputs->masks.at((int) n_slots);
+    auto * mask = ggml_view_2d(ctx, pool.masks, n_cells, kv.group(), n_cells*sizeof(ggml_fp16_t), pool.mask_at.at((int) n_slots));
     const auto of = [&](ggml_tensor * rows) {
         return ggml_view_1d(ctx, rows, info.n_head_kv, (size_t) layer*info.n_head_kv*sizeof(int64_t));
     };
@@ -224,8 +225,8 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
         return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells*written->nb[1],
             (size_t) pool.layer_first[layer]*KVCAST_BLOCK*written->nb[1]);
     };
-    k = of_layer(ggml_set_rows(ctx, pool.k, k, of(pool.inputs->rows)));
-    v = of_layer(ggml_set_rows(ctx, pool.v, v, of(pool.inputs->rows)));
+    k = of_layer(ggml_set_rows(ctx, pool.k, k, of(pool.rows)));
+    v = of_layer(ggml_set_rows(ctx, pool.v, v, of(pool.rows)));
 
     // attention, and beside it how it is spread over the slots
     auto * queries = ggml_permute(ctx, q, 0, 2, 1, 3);
@@ -259,11 +260,17 @@ int32_t kvcast_pool_plan(kvcast_context * kv, const int32_t * n_slots, int32_t n
         return 1;
     }
     first = 0;
+    pool.mask_at.clear();
+    size_t mask_bytes = 0;
     for (int il = 0; il < kv->info.n_layer; ++il) {
+        if (pool.mask_at.emplace(n_slots[il], mask_bytes).second) {
+            mask_bytes += (size_t) n_slots[il]*KVCAST_BLOCK*kv->group()*sizeof(ggml_fp16_t);
+        }
         pool.layer_slots[il] = n_slots[il];
         pool.layer_first[il] = first;
         first += n_slots[il]*kv->info.n_head_kv;
     }
+    pool.inbox_used = align(ggml_nbytes(pool.rows)) + mask_bytes;
     pool.n_sink   = n_sink;
     pool.n_window = n_window;
     pool.plan++;
@@ -324,7 +331,7 @@ int32_t kvcast_collect(kvcast_context * kv) {
         return 0;
     }
     pool.step_open = false;
-    ggml_backend_tensor_get_async(main_queue(*kv), pool.outbox, pool.received.data(), 0, pool.received.size());
+    ggml_backend_tensor_get_async(main_queue(*kv), pool.outbox, pool.received, 0, ggml_nbytes(pool.outbox));
     kv->ctx->synchronize();
     pool.scatters.clear();
 

@@ -11,13 +11,6 @@
 
 struct kvcast_context;
 
-// Inputs of one graph: where the new K and V go, and which cells of a layer's view may be attended to.
-struct kvcast_pool_inputs {
-    ggml_tensor * rows = nullptr;          // I64 [n_head_kv*n_layer], rows of the pool
-    std::map<int, ggml_tensor *> masks;    // F16 [n_slots*16, group] by n_slots of the layer, every row the same
-    uint64_t      plan = 0;
-};
-
 // A slot holds one block of one KV head: 16 rows of K and of V. A layer's slots lie together, head by head: first the sink's,
 // then the ring of the window (block b at n_sink + b % n_window), then those of the critical blocks.
 struct kvcast_pool {
@@ -32,7 +25,6 @@ struct kvcast_pool {
     ggml_tensor * v_raw = nullptr;
 
     struct staging {
-        std::vector<uint8_t> fallback;     // where the device has no host buffer type
         uint8_t     * host = nullptr;      // K of n_staging blocks, V of them, their slots
         ggml_tensor * k = nullptr;         // F16 [k_block_bytes/2, n_staging]
         ggml_tensor * v = nullptr;
@@ -41,6 +33,14 @@ struct kvcast_pool {
 
     std::vector<ggml_context_ptr> scatters; // graphs that backends may still look at, until the queue is synchronised
 
+    // read by the graph, sent before the step in one piece, `inbox`: what a backend's scheduler would copy tensor by tensor
+    ggml_tensor * inbox = nullptr;
+    ggml_tensor * rows  = nullptr;         // I64 [n_head_kv*n_layer], rows of the pool where the new K and V go
+    ggml_tensor * masks = nullptr;         // F16: by number of slots of a layer [n_slots*16, group], every row the same: its cells
+    std::map<int, size_t> mask_at;         // offsets of those in `masks`, by number of slots
+    size_t    inbox_used = 0;              // bytes
+    uint8_t * sent = nullptr;              // the inbox on the host
+
     // written by the graph, read back after the step: one piece of memory, `outbox`
     ggml_tensor * outbox = nullptr;
     ggml_tensor * new_k  = nullptr;        // [head_dim_k, n_head_kv*n_layer], of the cache's type
@@ -48,7 +48,7 @@ struct kvcast_pool {
     ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer]
     ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, layer after layer
     ggml_tensor * outbox_rows = nullptr;   // I64 [n_head_kv*n_layer], of new_k and new_v: 0, 1, 2, ...
-    std::vector<uint8_t> received;         // the outbox on the host
+    uint8_t * received = nullptr;          // the outbox on the host
 
     int n_slots   = 0;
     int n_staging = 0;
@@ -65,7 +65,6 @@ struct kvcast_pool {
     std::vector<int> layer_first;
     uint64_t plan = 0;                     // counts the plans: graphs hold their addresses
 
-    kvcast_pool_inputs * inputs = nullptr; // of the graph being built
     std::vector<ggml_tensor *> attention;  // nodes of the last graph, one a layer
     int     n_on_device = 0;               // of them, -1: not counted yet
     bool    step_open = false;             // a step ran whose results have not been collected
@@ -81,9 +80,10 @@ namespace kvcast {
 
 // nullptr and a reason on refusal
 std::unique_ptr<kvcast_pool> make_pool(const kvcast_context & kv, int n_blocks, int n_staging, std::string & why_not);
-void add_pool_inputs(kvcast_context & kv, ggml_context * ctx, kvcast_pool_inputs & inputs);
-// fills them; false when the table is not fit for the step
-bool set_pool_inputs(kvcast_context & kv, kvcast_pool_inputs & inputs, int32_t new_cell);
+// a graph over the pool is about to be built
+void begin_pool_graph(kvcast_context & kv);
+// sends the inbox; false when the table is not fit for the step
+bool send_inbox(kvcast_context & kv, int32_t new_cell);
 ggml_tensor * build_pool_attention(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k,
         ggml_tensor * v, float scale, int layer);
 
