@@ -209,6 +209,11 @@ def test_answers_are_resumed(llm, sentences, tmp_path):
     assert [(d["index"], d["selector"]) for d in both[3:]] == [(1, "dense"), (1, "default")]  # the third only answers one
     assert both[:3] == json.loads(json.dumps(first)) and journal.read_text().count("\n") == lines + 3
     assert go(range(2)) == both
+    chosen[2] = selectors.Selector("window", SparseConfig(budget=256, predictor="window", sink=32))  # the same name, other settings
+    n_before = journal.read_text().count("\n")
+    again = go(range(2))
+    assert len(again) == 5 and [d["config"]["sink"] for d in again if d["selector"] == "window"] == [32]
+    assert journal.read_text().count("\n") == n_before + 1
     with pytest.raises(KvcastError, match="other settings"):
         go(range(1), about={**about, "budget": 512})
 

@@ -14,6 +14,18 @@ from .errors import GenerationError, ModelError
 from .llama import Llama
 from .session import StepTimes
 
+MARK = "\x02question\x02"
+
+
+def around_question(llm: Llama, messages: list[dict[str, str]]) -> tuple[str, str] | None:
+    """What the model's chat template writes before and after ``MARK`` in the messages; None without a template."""
+    template = llm.metadata.get("tokenizer.chat_template")
+    if template is None:
+        return None
+    text = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")(messages=messages).prompt  # type: ignore[arg-type]
+    before, after = text.split(MARK)
+    return before, after
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -66,13 +78,10 @@ class Conversation:
 
     def read(self) -> None:
         """Process the document now, before any question is known."""
-        template = self.llm.metadata.get("tokenizer.chat_template")
-        if not self.messages or template is None:
+        texts = around_question(self.llm, [*self.messages, {"role": "user", "content": MARK}])
+        if not self.messages or texts is None:
             return
-        formatter = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
-        mark = "\x02question\x02"
-        text = formatter(messages=[*self.messages, {"role": "user", "content": mark}]).prompt.split(mark)[0]
-        tokens = self.llm.tokenize(text.encode(), add_bos=False, special=True)
+        tokens = self.llm.tokenize(texts[0].encode(), add_bos=False, special=True)
         self.llm.reset()
         self.llm.eval(tokens)
 

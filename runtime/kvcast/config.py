@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from .native import BLOCK_TOKENS
 
 POOL_STEP = 256  # tokens: of the device path's budgets
-PREDICTORS = ("auto", "ema", "last", "window", "oracle", "quest", "streaming", "h2o", "snapkv")
+PUBLISHED = ("quest", "streaming", "h2o", "snapkv")  # other methods, for evaluation
+PREDICTORS = ("auto", "ema", "last", "window", "oracle", *PUBLISHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class SparseConfig:
     @property
     def summary(self) -> bool:
         """Whether steps choose blocks themselves; not where the predictor sees the step itself or wants nothing."""
-        return self.keeps_summary and self.predictor not in ("oracle", "quest", "window", "streaming", "h2o", "snapkv")
+        return self.keeps_summary and self.predictor not in ("oracle", "window", *PUBLISHED)
 
     @property
     def calibrate_every(self) -> int:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .bench import pool_report, tokens_of
+from .bench import Engine, pool_report, tokens_of
 from .config import SparseConfig
 from .eval.recovery import measure
 from .llama import Llama
@@ -65,14 +64,10 @@ def sweep(
 
 
 def _speed(llm: Llama, tokens: Sequence[int], n_context: int, n_rounds: int) -> float:
-    speeds = []
-    for _ in range(n_rounds + 1):
-        llm.n_tokens = n_context
-        begin = time.perf_counter()
-        for token in tokens[n_context:]:
-            llm.eval([token])
-        speeds.append((len(tokens) - n_context) / (time.perf_counter() - begin))
-    return statistics.median(speeds[1:])
+    engine = Engine(llm, n_context, 0.0)
+    for _ in range(n_rounds + 1):  # the first warms up
+        engine.round(tokens[n_context:])
+    return statistics.median(engine.rounds[1:])
 
 
 def plot(rows: list[dict[str, Any]], config: SparseConfig, out: Path, title: str) -> None:

@@ -6,21 +6,21 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..chat import MARK, around_question
 from ..errors import KvcastError
 from ..llama import Llama
+from ..published import PROMPT_STEPS
 from .recovery import next_logits
 from .selectors import Selector
 from .tasks import Sample, sample
 
 import llama_cpp  # isort: skip  (after kvcast's own, which say where the libraries are)
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
 
-MARK = "\x02question\x02"
 READ = "I have read it."
-PAPER_STEPS = 64  # raw scores that some selectors want of a prompt
 
 
 class Prompts:
@@ -36,8 +36,6 @@ class Prompts:
     def __init__(self, llm: Llama, turns: int):
         self._llm = llm
         self._turns = turns
-        template = llm.metadata.get("tokenizer.chat_template")
-        self._format = Jinja2ChatFormatter(template=template, eos_token="", bos_token="") if template else None
 
     def __call__(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Tokens of what is read first, and of what comes in the last turn, answer prefix included (empty with one turn)."""
@@ -49,11 +47,8 @@ class Prompts:
                 {"role": "assistant", "content": READ},
                 {"role": "user", "content": MARK},
             ]
-        if self._format is None:
-            text = "\n\n".join(m["content"] for m in messages) + "\n\n"
-        else:
-            text = self._format(messages=messages).prompt  # type: ignore[arg-type]
-        head, tail = text.split(MARK)
+        plain = "\n\n".join(m["content"] for m in messages) + "\n\n"
+        head, tail = around_question(self._llm, messages) or plain.split(MARK)
         last = f"{sample.question}{tail}{sample.prefix}"
         if self._turns == 1:
             return self._tokens(head + last), []
@@ -71,7 +66,6 @@ def answers(
     prompts: Prompts,
     sample: Sample,
     selectors: Sequence[Selector],
-    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
     """Greedy answers, one selector after the other.
 
@@ -81,18 +75,16 @@ def answers(
     Yields
     ------
     dict
-        selector, score, answer, n_tokens, n_dense_steps, estimated (recovery, by the runtime), seconds.
+        selector, config, score, answer, n_tokens, n_dense_steps, estimated (recovery, by the runtime), seconds.
     """
     session = llm.session
     history = session.history
-    history.keep_steps(PAPER_STEPS)
+    history.keep_steps(PROMPT_STEPS)
     first, last = prompts(sample)
-    say("reading")
     llm.reset()
     llm.eval(first)
     primed, logits = history.save(), next_logits(llm)
     for selector in selectors:
-        say(selector.name)
         begin = time.perf_counter()
         llm.n_tokens = len(first)
         session.truncate(len(first))
@@ -128,6 +120,7 @@ def answers(
         times = session.times
         yield {
             "selector": selector.name,
+            "config": selector.config and asdict(selector.config),
             "score": sample.score(answer),
             "answer": answer,
             "n_tokens": len(made),
@@ -154,7 +147,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """All samples by all selectors; those beyond the first two only answer the first ``n_few`` samples of a task (0: all).
 
-    Every answer is appended to ``journal`` at once. One that is there, from the same settings, is not asked again.
+    Every answer is appended to ``journal`` at once. One that is there, of the same settings of its selector, is not asked again.
 
     Raises
     ------
@@ -162,13 +155,14 @@ def run(
         The journal is of other settings.
     """
     prompts = Prompts(llm, turns)
-    done = _read(journal, about)
+    wanted = {s.name: s.config and asdict(s.config) for s in selectors}
+    done = [d for d in _read(journal, about) if d["selector"] in wanted and d["config"] == wanted[d["selector"]]]
     known = {(d["task"], d["index"], d["selector"]) for d in done}
     plan = [(task, i) for i in indices for task in tasks]
     with open(journal, "a") if journal else contextlib.nullcontext() as file:
         if file and not file.tell():
             file.write(json.dumps(about) + "\n")
-        elif file and not journal.read_bytes().endswith(b"\n"):  # a run was killed while it wrote
+        elif file and journal and not journal.read_bytes().endswith(b"\n"):  # a run was killed while it wrote
             file.write("\n")
         for k, (task, index) in enumerate(plan):
             say(k, len(plan))
@@ -183,8 +177,7 @@ def run(
                     file.write(json.dumps(done[-1]) + "\n")
                     file.flush()
     say(len(plan), len(plan))
-    wanted = {s.name for s in selectors}
-    return [d for d in done if d["task"] in tasks and d["index"] in indices and d["selector"] in wanted]
+    return [d for d in done if d["task"] in tasks and d["index"] in indices]
 
 
 def _read(journal: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,54 +60,60 @@ def fidelity(
 
 
 Tasks = Annotated[str, typer.Option(help="Comma-separated; `ruler` for the eleven, `all` with passkey and kv.")]
-Samples = Annotated[int, typer.Option(help="Samples a task.")]
+Samples = Annotated[int, typer.Option("--samples", "--limit", help="Samples a task.")]
 Few = Annotated[int, typer.Option(help="Samples a task of selectors other than the first two; 0: as many.")]
 Names = Annotated[str, typer.Option("--selectors", help="Comma-separated, see `kvcast eval selectors`.")]
 Text = Annotated[Path | None, typer.Option("--haystack", help="Prose to hide needles in. Default: a novel that comes with kvcast.")]
-Limit = Annotated[int, typer.Option(help="At most so many samples a task; 0: as --samples says.")]
-First = Annotated[int, typer.Option(help="Index of the first sample.")]
 
 
-@app.command()
-def ruler(
-    model: ModelName = "smollm2",
-    context: Annotated[int, typer.Option(help="Tokens of prompt and answer.")] = 4096,
-    budget: Budget = None,
-    tasks: Tasks = "ruler",
-    samples: Samples = 10,
-    few: Few = 0,
-    limit: Limit = 0,
-    first: First = 0,
-    selectors: Names = "dense,default",
-    haystack: Text = None,
-    seed: Seed = 0,
-    threads: Threads = None,
-    gpu_layers: Gpu = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """RULER-style tasks, generated answers: needles, variables, words. The same command goes on where it was stopped."""
-    _ask(1, model, context, budget, tasks, samples, few, limit, first, selectors, haystack, seed, threads, gpu_layers, json_file)
+def _command(turns: int) -> Callable[..., None]:
+    def command(
+        model: ModelName = "smollm2",
+        context: Annotated[int, typer.Option(help="Tokens of prompt and answer.")] = 4096,
+        budget: Budget = None,
+        tasks: Tasks = "ruler",
+        samples: Samples = 10,
+        few: Few = 0,
+        selectors: Names = "dense,default",
+        haystack: Text = None,
+        seed: Seed = 0,
+        threads: Threads = None,
+        gpu_layers: Gpu = 0,
+        json_file: JsonFile = None,
+    ) -> None:
+        from ..cli import DEFAULT_TEXT, progress, read_text
+        from .ask import run
+        from .report import bars, markdown, origin, score_table, scores
+        from .tasks import RULER, TASKS, sentences
+
+        wanted = {"ruler": RULER, "all": tuple(TASKS)}.get(tasks) or tuple(tasks.split(","))
+        for task in wanted:
+            if task not in TASKS:
+                raise ValueError(f"there is no task {task!r}; choose of ruler, all, {', '.join(TASKS)}")
+        budgets = _budgets(budget, context)
+        if len(budgets) > 1:
+            raise ValueError("tasks take one --budget at a time")
+        chosen = _selectors(selectors, budgets, dense=True)
+        path, llm = _load(model, context + 64, budgets[0], threads, gpu_layers)
+        settings = dict(context=context, budget=budgets[0], turns=turns, seed=seed)
+        about = {**origin(path, **settings), "haystack": haystack.stem if haystack else "prose"}
+        prose = sentences(read_text(haystack or DEFAULT_TEXT))
+        journal = json_file.with_suffix(".jsonl") if json_file else None
+        with contextlib.closing(llm), progress(f"{path.stem}, {context} tokens") as update:
+            done = run(llm, turns, wanted, range(samples), chosen, few, seed, context, prose, about, journal, update)
+        results = scores(done)
+        kind = "RULER-style" if turns == 1 else "The question in a later turn"
+        title = f"{kind}, {path.stem}, {context} tokens, budget {budgets[0]}"
+        _show(score_table(results))
+        _write(json_file, {**about, "results": results, "samples": done}, lambda: markdown(score_table(results), title))
+        if json_file:
+            bars(results, json_file.with_suffix(".png"), title)
+
+    return command
 
 
-@app.command()
-def multiturn(
-    model: ModelName = "smollm2",
-    context: Annotated[int, typer.Option(help="Tokens of prompt and answer.")] = 4096,
-    budget: Budget = None,
-    tasks: Tasks = "ruler",
-    samples: Samples = 10,
-    few: Few = 0,
-    limit: Limit = 0,
-    first: First = 0,
-    selectors: Names = "dense,default",
-    haystack: Text = None,
-    seed: Seed = 0,
-    threads: Threads = None,
-    gpu_layers: Gpu = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """The same tasks, the document first and the question only in a later turn."""
-    _ask(2, model, context, budget, tasks, samples, few, limit, first, selectors, haystack, seed, threads, gpu_layers, json_file)
+app.command("ruler", help="RULER-style tasks, generated answers: needles, variables, words. Goes on where it was stopped.")(_command(1))
+app.command("multiturn", help="The same tasks, the document first and the question only in a later turn.")(_command(2))
 
 
 @app.command("selectors")
@@ -115,37 +122,6 @@ def list_selectors() -> None:
     from .selectors import SELECTORS
 
     _show([["selector", ""], *([name, line] for name, (_, line) in SELECTORS.items())])
-
-
-def _ask(turns, model, context, budget, tasks, samples, few, limit, first, names, haystack, seed, threads, gpu_layers, json_file) -> None:
-    from ..cli import DEFAULT_TEXT, progress, read_text
-    from .ask import run
-    from .report import bars, markdown, origin, score_table, scores
-    from .tasks import RULER, TASKS, sentences
-
-    wanted = {"ruler": RULER, "all": tuple(TASKS)}.get(tasks) or tuple(tasks.split(","))
-    for task in wanted:
-        if task not in TASKS:
-            raise ValueError(f"there is no task {task!r}; choose of ruler, all, {', '.join(TASKS)}")
-    budgets = _budgets(budget, context)
-    if len(budgets) > 1:
-        raise ValueError("tasks take one --budget at a time")
-    chosen = _selectors(names, budgets, dense=True)
-    samples = min(samples, limit) if limit else samples
-    path, llm = _load(model, context + 64, budgets[0], threads, gpu_layers)
-    settings = dict(context=context, budget=budgets[0], turns=turns, seed=seed)
-    about = {**origin(path, **settings), "haystack": haystack.stem if haystack else "prose"}
-    prose = sentences(read_text(haystack or DEFAULT_TEXT))
-    journal = json_file.with_suffix(".jsonl") if json_file else None
-    with contextlib.closing(llm), progress(f"{path.stem}, {context} tokens") as update:
-        done = run(llm, turns, wanted, range(first, first + samples), chosen, few, seed, context, prose, about, journal, update)
-    results = scores(done)
-    kind = "RULER-style" if turns == 1 else "The question in a later turn"
-    title = f"{kind}, {path.stem}, {context} tokens, budget {budgets[0]}"
-    _show(score_table(results))
-    _write(json_file, {**about, "results": results, "samples": done}, lambda: markdown(score_table(results), title))
-    if json_file:
-        bars(results, json_file.with_suffix(".png"), title)
 
 
 def _budgets(texts: list[str] | None, context: int) -> list[int]:
@@ -188,5 +164,3 @@ def _write(json_file: Path | None, report: dict[str, Any], table) -> None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
         json_file.with_suffix(".md").write_text(table())
-
-

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..llama import Llama
-from .ask import PAPER_STEPS
+from ..published import PROMPT_STEPS
 from .recovery import measure
 from .selectors import Selector
 
@@ -63,7 +63,7 @@ def fidelity(
         document, selector, budget, ppl_dense, ppl_sparse, kl_mean, kl_median, kl_p99 (nats; what the worst percent of tokens
         exceeds), top1_agreement, recovery, middle_recovery, ratio_to_oracle (of middle recovery), output_error, dense_steps (share).
     """
-    llm.session.history.keep_steps(PAPER_STEPS)
+    llm.session.history.keep_steps(PROMPT_STEPS)
     rows: list[dict[str, Any]] = []
     total = len(texts) * (len(selectors) + 2)
     for i, (name, tokens) in enumerate(texts.items()):

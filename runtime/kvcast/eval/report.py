@@ -15,7 +15,7 @@ import psutil
 
 
 def origin(model: Path, **settings: Any) -> dict[str, Any]:
-    """Model and its hash, version or commit of kvcast, machine, date, settings."""
+    """Model and its hash, version or commit of kvcast, machine, settings."""
     with open(model, "rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
     return {

@@ -14,7 +14,9 @@ from ..config import SparseConfig
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """Parameters
+    """A way to choose what is attended.
+
+    Parameters
     ----------
     name : str
         As written in reports.

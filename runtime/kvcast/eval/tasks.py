@@ -23,7 +23,9 @@ DEPTHS = [100 * i / 39 for i in range(40)]  # percent
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Parameters
+    """A question about a document, and what a right answer contains.
+
+    Parameters
     ----------
     task : str
     document : str
@@ -52,7 +54,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Parameters
+    """How samples of a kind are made.
+
+    Parameters
     ----------
     make : callable (rng, n_units, haystack sentences, limit in tokens) -> (document, question, prefix, references)
         Larger ``n_units``, longer document; the same rng gives the same keys.
