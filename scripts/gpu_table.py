@@ -1,11 +1,18 @@
-"""The host path beside dense llama.cpp on a GPU build: weights on the GPU, the KV cache in host memory, attention on the CPU.
+"""Both sparse paths beside dense llama.cpp on a GPU build: weights on the GPU, the KV cache in host memory.
 
-    python scripts/gpu_table.py MODEL.gguf --contexts 8192,32768,131072 --budgets 512,2048 --out table.json
+    python scripts/gpu_table.py MODEL.gguf --contexts 8192,32768,131072 --out table.json
 
-Dense with all KV on the GPU, dense with the KV cache on the host (offload_kqv=False; only at contexts up to
---host-dense-max, it is slow), and sparse at each budget with shipped defaults, decoded one token at a time through the
-same Python loop. Any model serves; a random-weight model of the right shape is enough for speed. Medians over rounds of
-means over steps; a sparse round is long enough to hold its share of calibrations.
+Per context: dense with all KV on the GPU; dense with the KV cache on the host (offload_kqv=False; only up to --host-dense-max, it
+is slow); the host path at --budgets; the device path at context/16, at least 2,048. Decoded one token at a time through the same
+Python loop; medians over rounds, the first of which warms up and fills the pool. At --variants-at, the device path also without
+prefetch, with the plain average as predictor, and with calibration on the host.
+
+A model of the right shape with random weights is enough for speed, but its attention knows no jumps. So what moves between two
+sets of the device path is replayed from real models: the share of the critical blocks that was new at each selection
+(scripts/churn.json), applied to every KV head with blocks drawn at random. The predictor, the selection and calibration run as
+they are; only which blocks they name is replaced. To record it anew from a model that is real:
+
+    python scripts/gpu_table.py MODEL.gguf --record text.txt --contexts 7680 --budget 512
 """
 
 from __future__ import annotations
@@ -17,10 +24,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import psutil
 
 from kvcast import Llama, SparseConfig
+from kvcast.link import measure_link
+from kvcast.session import StepTimes
+
+CHURN = Path(__file__).with_name("churn.json")
 
 
 def gpu_memory_mib() -> int:
@@ -42,77 +54,171 @@ def rounds(llm: Llama, n_context: int, n_steps: int, n_rounds: int) -> float:
         for token in tokens:
             llm.eval([token])
         speeds.append(n_steps / (time.perf_counter() - begin))
-    return statistics.median(speeds[1:])
+    return statistics.median(speeds[1:] or speeds)
+
+
+@numba.njit(nogil=True, cache=True)
+def _replace(before, wanted, n_wanted, begin, end, share):
+    """Make ``wanted`` what ``before`` was, but for a share of each row's blocks, which are drawn anew from [begin, end)."""
+    inside = np.zeros(end, np.uint8)
+    for row in range(wanted.shape[0]):
+        n = n_wanted[row]
+        n_new = min(int(share * n + np.random.random()), end - begin - n)
+        for i in range(n):
+            wanted[row, i] = before[row, i]
+            inside[before[row, i]] = 1
+        for _ in range(n_new):
+            i, b = np.random.randint(n), np.random.randint(begin, end)
+            while inside[b]:
+                b = np.random.randint(begin, end)
+            inside[b] = 1
+            inside[wanted[row, i]] = 0
+            wanted[row, i] = b
+        for i in range(n):
+            inside[wanted[row, i]] = 0
+
+
+def replay(session, shares: list[float]) -> None:
+    """Have the session's sets change as much as a real model's did."""
+    select, at = session._select_wanted, iter(shares * 1000)
+
+    def select_and_replace(n_used: int) -> None:
+        filled = session.pool.n_moved > 0 and (session._n_wanted > 0).all()
+        n = int(session._n_wanted.max())
+        before, n_before = session._wanted[:, :n].copy(), session._n_wanted.copy()
+        select(n_used)
+        begin, end = session._n_sink, n_used - session._n_window
+        if filled and (before < end).all() and (n_before == session._n_wanted).all():
+            _replace(before, session._wanted, session._n_wanted, begin, end, next(at))
+
+    session._select_wanted = select_and_replace
+
+
+def record(model: Path, text: Path, n_context: int, budget: int, n_steps: int = 512) -> None:
+    """Add the shares of one model and text to churn.json."""
+    config = SparseConfig(budget=budget, path="device", budgets="uniform")
+    llm = Llama(model, sparse=config, n_ctx=n_context + n_steps, verbose=False)
+    tokens = llm.tokenize(text.read_bytes())[: n_context + n_steps]
+    llm.eval(tokens[:n_context])
+    for token in tokens[n_context:]:
+        llm.eval([token])
+    session = llm.session
+    critical = session.n_rows * (budget // 16 - session._n_fixed)
+    moves = session.times.moves[config.steps_held + 1 :]
+    shares = [sum(moves[i : i + config.steps_held]) / critical for i in range(0, len(moves), config.steps_held)]
+    known = json.loads(CHURN.read_text()) if CHURN.exists() else {}
+    known[f"{model.stem}, {text.stem}, {n_context} tokens, budget {budget}, hold {config.steps_held}"] = [round(s, 4) for s in shares]
+    CHURN.write_text(json.dumps(known, indent=1).replace(",\n  ", ", ") + "\n")
+    print(f"{len(shares)} selections, {statistics.mean(shares):.3f} of the critical blocks new in the mean")
+
+
+class Table:
+    """Rows, printed and written as they come."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.rows: list[dict] = []
+        self.empty_mib = gpu_memory_mib()
+
+    def add(self, **row) -> None:
+        self.rows.append(row)
+        about = {"model": self.options.model.name, "threads": self.options.threads, "ubatch": self.options.ubatch}
+        self.options.out.write_text(json.dumps({**about, "rows": self.rows}, indent=2))
+        print(" ".join(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def load(self, n_context: int, **more) -> tuple[Llama, float]:
+        """A model that has read a context, and how fast."""
+        make = dict(n_gpu_layers=-1, n_batch=self.options.ubatch, n_ubatch=self.options.ubatch, n_ctx=n_context + 1024, verbose=False)
+        llm = Llama(self.options.model, **make, n_threads=self.options.threads, n_threads_batch=self.options.threads, **more)
+        tokens = np.random.default_rng(1).integers(100, 20000, n_context).tolist()
+        llm.eval(tokens[: self.options.ubatch])  # what is loaded and compiled once
+        llm.reset()
+        begin = time.perf_counter()
+        llm.eval(tokens)
+        return llm, n_context / (time.perf_counter() - begin)
+
+    def sparse(self, llm: Llama, n_context: int, how: str, config: SparseConfig, **more) -> None:
+        llm.session.configure(config)
+        rounds(llm, n_context, self.options.steps, 0)
+        llm.session.times = StepTimes()
+        tok_s = rounds(llm, n_context, self.options.steps, self.options.rounds)
+        times, session = llm.session.times, llm.session
+        parts = {name: times.ms(getattr(times, name)) for name in ("total", "wait", "predict", "select", "gather", "observe")}
+        parts |= {"attention": times.attention_us / 1e3 / times.n_steps, "choose": times.choose_us / 1e3 / times.n_steps}
+        if config.device:
+            pool = session.attached.pool_info
+            more["device_kv_mib"] = (pool.pool_bytes + pool.staging_bytes + pool.tap_bytes) / 2**20
+            more["moved_mb_per_step"] = sum(times.moves) * session.pool.bytes_per_move / 1e6 / times.n_steps
+            more["wrong_blocks"] = session.attached.verify_pool()
+        self.add(
+            context=n_context, how=how, tok_s=tok_s, gpu_mib=gpu_memory_mib() - self.empty_mib, **more,
+            **{f"{name}_ms": ms for name, ms in parts.items() if ms},
+        )  # fmt: skip
+        llm.session.configure(config, frozen=True)
+        frozen = rounds(llm, n_context, self.options.steps, 1)
+        self.add(context=n_context, how=how + ", frozen set", tok_s=frozen)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--contexts", default="8192,32768,131072")
-    parser.add_argument("--budgets", default="512,2048")
+    parser.add_argument("--budgets", default="512,2048", help="of the host path")
+    parser.add_argument("--budget", type=int, help="of the device path, instead of context/16")
+    parser.add_argument("--paths", default="dense,host,device")
     parser.add_argument("--host-dense-max", type=int, default=8192)
+    parser.add_argument("--variants-at", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--ubatch", type=int, default=2048)
+    parser.add_argument("--record", type=Path, help="a text: record how sets change, instead of measuring")
     parser.add_argument("--out", type=Path, default=Path("gpu_table.json"))
     options = parser.parse_args()
-    rows: list[dict] = []
-
-    def note(**row) -> None:
-        rows.append(row)
-        options.out.write_text(json.dumps({"model": options.model.name, "threads": options.threads, "rows": rows}, indent=2))
-        print(" ".join(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
-
-    common = {"n_gpu_layers": -1, "n_batch": options.ubatch, "n_ubatch": options.ubatch, "n_threads": options.threads, "verbose": False}
-    for n_context in map(int, options.contexts.split(",")):
-        tokens = np.random.default_rng(1).integers(100, 20000, n_context).tolist()
-        make = {**common, "n_ctx": n_context + 1024}
-
-        def read(llm: Llama, tokens: list[int] = tokens) -> float:
-            begin = time.perf_counter()
-            llm.eval(tokens)
-            return len(tokens) / (time.perf_counter() - begin)
-
-        llm = Llama(options.model, flash_attn=True, **make)
-        prefill = read(llm)
-        tok_s = rounds(llm, n_context, 48, options.rounds)
-        note(context=n_context, how="dense, KV on GPU", tok_s=tok_s, prefill_tok_s=prefill, gpu_mib=gpu_memory_mib())
-        llm.close()
-
-        config = SparseConfig(budget=int(options.budgets.split(",")[0]))
-        llm = Llama(options.model, sparse=config, **make)
-        prefill = read(llm)
-        if n_context <= options.host_dense_max:
-            llm.session.attached.set_mode(0)
-            begin = time.perf_counter()
-            n = 16
-            llm.n_tokens = n_context
-            for token in tokens[:n]:
-                super(Llama, llm).eval([token])
-            note(context=n_context, how="dense, KV on host", tok_s=n / (time.perf_counter() - begin), prefill_tok_s=prefill)
-            llm.n_tokens = n_context
-            llm.session.truncate(n_context)
-        for budget in map(int, options.budgets.split(",")):
-            config = SparseConfig(budget=budget)
-            llm.session.configure(config)
-            tok_s = rounds(llm, n_context, 48, options.rounds)
-            times = llm.session.times
-            row = {
-                "attention_ms": times.attention_us / 1e3 / times.n_steps,
-                "choose_ms": times.choose_us / 1e3 / times.n_steps,
-                "select_ms": times.ms(times.predict + times.select + times.observe),
-            }
-            note(
-                context=n_context,
-                how=f"sparse {budget}",
-                tok_s=tok_s,
-                prefill_tok_s=prefill,
-                gpu_mib=gpu_memory_mib(),
-                **row,
+    contexts = [int(c) for c in options.contexts.split(",")]
+    if options.record:
+        record(options.model, options.record, contexts[0], options.budget or 512)
+        return
+    shares = [s for recorded in json.loads(CHURN.read_text()).values() for s in recorded]
+    np.random.default_rng(2).shuffle(shares)
+    table = Table(options)
+    for n_context in contexts:
+        if "dense" in options.paths:
+            llm, prefill = table.load(n_context, flash_attn=True)
+            tok_s = rounds(llm, n_context, options.steps, options.rounds)
+            table.add(
+                context=n_context, how="dense, KV on GPU", tok_s=tok_s, prefill_tok_s=prefill, gpu_mib=gpu_memory_mib() - table.empty_mib
             )
-            llm.session.configure(config, frozen=True)
-            note(context=n_context, how=f"sparse {budget}, frozen set", tok_s=rounds(llm, n_context, 48, options.rounds))
-        llm.close()
+            llm.close()
+            if n_context <= options.host_dense_max:
+                llm, prefill = table.load(n_context, flash_attn=True, offload_kqv=False)
+                tok_s = rounds(llm, n_context, 16, 1)
+                table.add(context=n_context, how="dense, KV on host", tok_s=tok_s, prefill_tok_s=prefill)
+                llm.close()
+        if "host" in options.paths:
+            configs = [SparseConfig(budget=int(b), path="host") for b in options.budgets.split(",")]
+            llm, prefill = table.load(n_context, sparse=configs[0])
+            for config in configs:
+                table.sparse(llm, n_context, f"host {config.budget}", config, prefill_tok_s=prefill)
+            llm.close()
+        if "device" in options.paths:
+            config = SparseConfig(budget=options.budget or max(2048, n_context // 16), path="device")
+            llm, prefill = table.load(n_context, sparse=config)
+            link = measure_link(llm.session)
+            info = llm.session.attached.info
+            whole = info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes)
+            table.add(context=n_context, how="the whole KV to the GPU at every step, copies alone", tok_s=1 / link.seconds(whole))
+            replay(llm.session, shares)
+            table.sparse(llm, n_context, f"device {config.budget}", config, prefill_tok_s=prefill)
+            if n_context == options.variants_at:
+                for name, change in (
+                    ("no prefetch", {"prefetch": False}),
+                    ("ema", {"predictor": "ema"}),
+                    ("host:32", {"calibrate": "host:32"}),
+                ):
+                    changed = SparseConfig(budget=config.budget, path="device", **change)
+                    table.sparse(llm, n_context, f"device {config.budget}, {name}", changed)
+            llm.close()
 
 
 if __name__ == "__main__":

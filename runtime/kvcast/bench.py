@@ -71,7 +71,7 @@ def _read(llm: Llama, tokens: Sequence[int]) -> Engine:
 def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str, Any]:
     """What the device path holds and moves; empty for the host path.
 
-    Compression: to the KV of a dense cache of ``n_context``. ``fill_bytes`` are those of the first step, which fills the pool.
+    Compression: to the KV of a dense cache of ``n_context``. ``fill_bytes`` are those of the step that fills the pool, once a prompt.
     """
     info, pool = session.attached.info, session.attached.pool_info
     if not pool.device:
@@ -83,7 +83,7 @@ def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str,
         "staging_bytes": pool.staging_bytes,
         "tap_bytes": pool.tap_bytes,
         "compression": info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes) / held,
-        "fill_bytes": times.moves[0] * session.pool.bytes_per_move,
+        "fill_bytes": session.n_filled * session.pool.bytes_per_move,
         "bytes_moved_per_step": sum(times.moves[1:]) * session.pool.bytes_per_move / max(1, times.n_steps - 1),
     }
 

@@ -63,6 +63,7 @@ class DeviceSession(Session):
         self._ranks = np.zeros((self.n_rows, n_blocks), np.float32)
         self._truth = np.zeros((self.attached.info.n_layer, 1, self.attached.info.n_head_kv, n_blocks), np.float32)
         self._planned = False
+        self.n_filled = 0  # blocks moved by the step that filled the pool
         self._seen = False  # a step's query was collected since the last edit
         self._buffer = 0
         self._n_staged = 0
@@ -86,8 +87,9 @@ class DeviceSession(Session):
                 f"this session has a pool of {n_blocks * native.BLOCK_TOKENS} tokens on the device; load the model anew for "
                 f"path={config.path!r}, budget={config.budget}"
             )
+        same = all(getattr(config, name) == getattr(self.config, name) for name in ("budget", "compression", "budgets", "sink", "window"))
         super().configure(config, frozen=frozen)
-        self._planned = False
+        self._planned &= same
 
     def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
         super().prompt(tokens, decode)
@@ -108,7 +110,7 @@ class DeviceSession(Session):
         due = config.calibrate.startswith("dense") and self._since_calibration >= config.calibrate_every
         self.calibrating = not self.frozen and (self._poor or due)
         before = self.attached.stats
-        moved = self.pool.n_moved
+        moved, planned = self.pool.n_moved, self._planned
         if self.calibrating or n_used <= self._n_fixed + 1:
             self._dense_step(token, decode, n_used)
         else:
@@ -117,6 +119,8 @@ class DeviceSession(Session):
             self._run(native.SPARSE, [token], decode)
             self._seen = True
         self.times.moves.append(self.pool.n_moved - moved)
+        if self._planned and not planned:
+            self.n_filled = self.times.moves[-1]
         self._observe(before, begin, n_used)
         if self.on_attended is not None:
             self.on_attended(position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import llama_cpp  # isort: skip  (after .native, which says where the libraries 
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
+GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
 
 
 class Llama(llama_cpp.Llama):
@@ -33,7 +35,8 @@ class Llama(llama_cpp.Llama):
         A GGUF file.
     sparse : SparseConfig or None
         None is stock behaviour, to the bit. With a config the KV cache is kept in host memory, flash attention is on
-        and, unless ``n_threads`` is given, all physical cores are used.
+        and, unless ``n_threads`` is given, all physical cores are used. With a GPU, ``n_batch`` and ``n_ubatch`` are 2048
+        unless one is given.
     **kwargs
         Those of ``llama_cpp.Llama``. Unknown ones are an error.
 
@@ -58,6 +61,8 @@ class Llama(llama_cpp.Llama):
         if sparse is not None:
             _refuse_contradictions(kwargs)
             kwargs = {"n_threads": psutil.cpu_count(logical=False) or os.cpu_count(), **kwargs}
+            if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & kwargs.keys():
+                kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
             kwargs.update(offload_kqv=False, flash_attn=True)
         header = read_header(model_path)
         n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
@@ -78,6 +83,8 @@ class Llama(llama_cpp.Llama):
             try:
                 kind = DeviceSession if sparse.device else Session
                 self._session = kind(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()))
+                if self._session.attached.info.pinned_bytes < 0:
+                    warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
             except BaseException:
                 self.close()
                 raise

@@ -63,7 +63,7 @@ class kvcast_info(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("n_layer", "n_head", "n_head_kv", "head_dim_k", "head_dim_v", "n_cells")),
         *((name, ctypes.c_int32) for name in ("n_blocks", "max_taps", "type_k", "type_v")),
-        *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes", "summary_bytes")),
+        *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes", "summary_bytes", "pinned_bytes")),
     ]
 
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <set>
 
@@ -75,6 +76,57 @@ static std::string why_not(llama_context & ctx) {
         return "the number of cells is not a multiple of " + std::to_string(KVCAST_BLOCK);
     }
     return "";
+}
+
+// ---- pinned memory
+
+// nullptr: none of the backends that compute has it
+static void * backend_function(const kvcast_context & kv, const char * name) {
+    auto * sched = kv.ctx->get_sched();
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        auto * device = ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i));
+        if (auto * fn = ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), name)) {
+            return fn;
+        }
+    }
+    return nullptr;
+}
+
+void kvcast_context::pin_store() {
+    using register_fn = bool (*)(void *, size_t);
+    const auto pin = (register_fn) backend_function(*this, "ggml_backend_register_host_buffer");
+    if (!pin) {
+        return;
+    }
+#ifdef _WIN32
+    _putenv_s("GGML_CUDA_REGISTER_HOST", "1"); // ggml's CUDA backend pins only where this is set
+#else
+    setenv("GGML_CUDA_REGISTER_HOST", "1", 0);
+#endif
+    std::set<ggml_backend_buffer_t> buffers;
+    for (const auto il : cache->get_layer_ids()) {
+        buffers.insert(cache->get_k_storage(il)->buffer);
+    }
+    for (auto * buffer : buffers) {
+        void * base = ggml_backend_buffer_get_base(buffer);
+        const size_t size = ggml_backend_buffer_get_size(buffer);
+        if (!pin(base, size)) {
+            unpin_store();
+            info.pinned_bytes = -1;
+            return;
+        }
+        pinned.push_back(base);
+        info.pinned_bytes += size;
+    }
+}
+
+void kvcast_context::unpin_store() {
+    using unregister_fn = void (*)(void *);
+    const auto unpin = (unregister_fn) backend_function(*this, "ggml_backend_unregister_host_buffer");
+    for (void * base : pinned) {
+        unpin(base);
+    }
+    pinned.clear();
 }
 
 // ---- life cycle
@@ -191,6 +243,8 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         info.scratch_bytes += info.summary_bytes;
     }
 
+    kv->pin_store();
+
     ctx->set_abort_callback([](void * user) { return static_cast<kvcast_context *>(user)->abort.load(); }, kv.get());
     const_cast<llama_cparams &>(ctx->get_cparams()).kvcast = kv.get();
 
@@ -203,6 +257,7 @@ void kvcast_detach(kvcast_context * kv) {
     }
     kv->ctx->synchronize();
     kvcast_set_mode(kv, KVCAST_DENSE);
+    kv->unpin_store();
     const_cast<llama_cparams &>(kv->ctx->get_cparams()).kvcast = nullptr;
     kv->ctx->set_abort_callback(nullptr, nullptr);
     delete kv;

@@ -115,6 +115,8 @@ struct kvcast_context {
     std::unique_ptr<kvcast_summary> summary; // nullptr: none
     std::unique_ptr<kvcast_pool>    pool;    // nullptr: attention in place (the host path)
 
+    std::vector<void *> pinned;             // buffers of the store that are registered with the device
+
     kvcast_attention_callback callback = nullptr;
     void *                    callback_user = nullptr;
 
@@ -140,6 +142,10 @@ struct kvcast_context {
     void prepare_summary(int layer);
     void note_queries(int layer, const ggml_tensor * q);
     void estimate_shares(int layer);
+
+    // registers the store with the GPU, so that copies need no detour
+    void pin_store();
+    void unpin_store();
 
 private:
     void update_cells(const llama_ubatch & ubatch, const int64_t * cells);

@@ -58,6 +58,7 @@ struct kvcast_info {
     int64_t v_row_bytes;
     int64_t scratch_bytes; // host memory held by kvcast itself, summary included
     int64_t summary_bytes;
+    int64_t pinned_bytes;  // of the cache, in memory that the GPU copies from directly; 0: no such device, -1: it refused
 };
 
 struct kvcast_pool_info {

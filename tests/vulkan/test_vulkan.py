@@ -68,7 +68,7 @@ def tiny(tmp_path_factory):
 
 
 def load(path, **more):
-    return Llama(path, n_ctx=1024, n_gpu_layers=-1, n_threads=2, n_threads_batch=2, verbose=False, **more)
+    return Llama(path, n_ctx=1024, n_gpu_layers=-1, n_batch=512, n_threads=2, n_threads_batch=2, verbose=False, **more)
 
 
 def logits(llm):
