@@ -26,6 +26,7 @@ class StreamPredictor:
     inputs = ("averages",)
     n_steps_kept = 0
     state_bytes_per_block = 20
+    by_rows = True
 
     def __init__(self, session: Any, name: str):
         self._session = session
@@ -35,8 +36,8 @@ class StreamPredictor:
             raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
         check(self.run(np.full((2, n_given, 33), 0.01, np.float32)), (2, 33), name)
 
-    def predict(self, history: History, n_blocks: int) -> Floats:
-        return self.run(np.ascontiguousarray(history.averages[:, :, :n_blocks]))
+    def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> Floats:
+        return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
 
     def run(self, averages: Floats) -> Floats:
         return self._session.run([OUTPUT], {"averages": averages})[0]
@@ -56,6 +57,7 @@ class PaperPredictor:
     most_new = 24  # from here on the whole window is cheaper
     n_steps_kept = n_steps + most_new
     state_bytes_per_block = 4 * (n_steps_kept + 32)
+    by_rows = False  # what is kept from one prediction to the next is that of all rows
     width = 64  # blocks are taken in multiples of this, so that the right edge seldom moves
 
     def __init__(self, session: Any, name: str):

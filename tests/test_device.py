@@ -41,14 +41,14 @@ def test_difference(compiled):
     rng = np.random.default_rng(5)
     for n_rows, n_blocks, first in ((1, 12, 0), (4, 30, 3), (9, 64, 8)):
         table = np.full((n_rows, n_blocks), -1, np.int32)
-        n_slots = np.full(n_rows, n_blocks * 2 // 3, np.int32)
+        n_slots, every = np.full(n_rows, n_blocks * 2 // 3, np.int32), np.arange(n_rows, dtype=np.int32)
         for _ in range(30):
             n_wanted = rng.integers(0, n_slots - first + 1).astype(np.int32)
             wanted = np.stack([rng.permutation(n_blocks) for _ in range(n_rows)]).astype(np.int32)
             lists = [row[:n].tolist() for row, n in zip(wanted, n_wanted)]
             expected = naive.difference(table, n_slots, lists, first)
             moves = [np.zeros(n_rows * n_blocks, np.int32) for _ in range(3)]
-            n = f(table, n_slots, wanted, n_wanted, first, len(moves[0]), *moves)
+            n = f(table, n_slots, wanted, n_wanted, first, every, len(moves[0]), *moves)
             got = [[] for _ in range(n_rows)]
             for row, slot, block in zip(*(m[:n].tolist() for m in moves)):
                 got[row].append((slot, block))
@@ -58,7 +58,7 @@ def test_difference(compiled):
             if n > 1:
                 to_empty = enumerate(naive.difference(np.full_like(table, -1), n_slots, lists, first))
                 all_moves = [(row, *move) for row, moves_of in to_empty for move in moves_of]
-                assert f(np.full_like(table, -1), n_slots, wanted, n_wanted, first, 1, *moves) == 1
+                assert f(np.full_like(table, -1), n_slots, wanted, n_wanted, first, every, 1, *moves) == 1
                 assert tuple(int(m[0]) for m in moves) == all_moves[0]
             table[rng.random(table.shape) < 0.1] = -1
 

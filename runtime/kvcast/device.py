@@ -1,7 +1,8 @@
 """The decode loop of the device path: what the pool holds, and what is brought there while a step is computed.
 
-The set for step t+1 is predicted, selected, gathered from the store and uploaded beside step t, from what was seen up to step
-t-1; between two steps there is only a scatter on the device. A set is held for ``hold`` steps.
+What changes for step t+1 is predicted, selected, gathered from the store and uploaded beside step t, from what was seen up to
+step t-1; between two steps there is only a scatter on the device. A layer's set is held for ``hold`` steps, and each step renews
+one in ``hold`` of the layers; all at once where the predictor cannot be asked for some.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from . import native
 from .config import SparseConfig
 from .pool import Pool, plan_slots
+from .predictors import ALL
 from .selection import _select, list_all
 from .session import Session
 
@@ -67,11 +69,13 @@ class DeviceSession(Session):
         self._seen = False  # a step's query was collected since the last edit
         self._buffer = 0
         self._n_staged = 0
-        self._staged = False  # a set is staged that is not yet in the pool
+        self._all_rows = np.arange(self.n_rows, dtype=np.int32)
+        self._staged: slice | None = None  # rows with a set that is not yet in the pool, but for what did not fit the buffer
         self._n_place_used = 0  # blocks in use that the pool's window is made for
         self._next_shares = np.ones(self.n_rows, np.float32)
         super()._warm_up()
-        self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0)
+        self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0, self._all_rows)
+        self.pool.drop(self._n_wanted, self._n_wanted, self._all_rows)
 
     def _warm_up_selection(self) -> None:
         scores = self.predictor.predict(self.history, self.blocks.shape[1])[:1]
@@ -146,7 +150,7 @@ class DeviceSession(Session):
 
     def _drop_set(self) -> None:
         super()._drop_set()
-        self._staged = False
+        self._staged = None
 
     def _dense_step(self, token: int, decode: Callable[[Sequence[int]], None], n_used: int) -> None:
         """Attend to the whole store; its exact scores go to the history as those of a full list."""
@@ -176,40 +180,51 @@ class DeviceSession(Session):
         self._planned = True
         self._age = None
 
+    def _group(self, number: int) -> slice:
+        """The rows whose sets are renewed together: whole layers; empty past the last group."""
+        n_layer, n_heads = self.attached.info.n_layer, self.attached.info.n_head_kv
+        n_groups = self.config.steps_held if self.predictor.by_rows else 1
+        return slice(min(n_layer, n_layer * number // n_groups) * n_heads, min(n_layer, n_layer * (number + 1) // n_groups) * n_heads)
+
     def _place_set(self, n_used: int) -> None:
         """Bring the pool into the state that the step needs."""
         if not self._planned:
             self._plan()
-        if self._age is None or (self._age >= self.config.steps_held and not self.frozen and not self._staged):
-            self._select_wanted(n_used)
+        if self._age is None:
+            self._select_wanted(n_used, ALL)
             self._place_fixed(n_used)
-            self._take_wanted()
+            self._take_wanted(self._all_rows)
+            self._age = 0
         else:
-            if n_used > self._n_place_used:
-                self._open_block(n_used)
-            if self._staged:
+            due = None
+            if self._staged is not None:
                 self.pool.apply(self._buffer, self._n_staged)
                 self._buffer = 1 - self._buffer
-                self._take_wanted()
+                due, self._staged = self._staged, None
+            elif not self.config.prefetch and not self.frozen:
+                due = self._group(self._age % self.config.steps_held)
+                self._select_wanted(n_used, due)
+            if due is not None:
+                self._take_wanted(self._all_rows[due])
+            if n_used > self._n_place_used:
+                self._open_block(n_used)
         self._n_place_used = n_used
         self._age += 1
-        calibrates = self.config.calibrate.startswith("host")
-        selects = self._age >= self.config.steps_held
-        if self.config.prefetch and not self.frozen and (selects or calibrates):
-            self._beside((self.n_tokens + 1) // native.BLOCK_TOKENS + 1, selects)
-        elif calibrates and not self.frozen:
-            self._calibrate()
+        if not self.frozen:
+            calibrates = self.config.calibrate.startswith("host")
+            rows = self._group(self._age % self.config.steps_held)
+            if self.config.prefetch and (rows.start < rows.stop or calibrates):
+                self._beside((self.n_tokens + 1) // native.BLOCK_TOKENS + 1, rows)
+            elif calibrates:
+                self._calibrate()
 
-    def _take_wanted(self) -> None:
-        """Bring what is still missing of the wanted set into the pool, and attend to it from now on."""
+    def _take_wanted(self, which: np.ndarray) -> None:
+        """Bring what is still missing of the rows' wanted sets into the pool, and attend to them from now on."""
         in_use = self._n_fixed + self._n_wanted
-        slots = np.arange(self.blocks.shape[1])
-        self.blocks[(slots >= in_use[:, None]) & (slots < self.n_listed[:, None])] = -1
-        self.pool.move(self._wanted, self._n_wanted, in_use, self._n_fixed)
-        self.n_listed[:] = in_use
-        self.shares[:] = self._next_shares
-        self._staged = False
-        self._age = 0
+        self.pool.drop(in_use, self.n_listed, which)
+        self.pool.move(self._wanted, self._n_wanted, in_use, self._n_fixed, which)
+        self.n_listed[which] = in_use[which]
+        self.shares[which] = self._next_shares[which]
 
     def _place_fixed(self, n_used: int) -> None:
         """Sink and window, where they are not."""
@@ -223,33 +238,32 @@ class DeviceSession(Session):
 
     def _open_block(self, n_used: int) -> None:
         """A new block takes the place of the oldest one of the window, which is kept where there is room."""
-        # those that hold everything; what is staged was selected for this step already
-        room = (self.n_listed == n_used - 1) & (self.n_listed < self.pool.n_slots) & (not self._staged)
+        room = (self.n_listed == n_used - 1) & (self.n_listed < self.pool.n_slots)  # those that hold everything
         if room.any():
-            self._wanted[room, self._n_wanted[room]] = n_used - 1 - self._n_window
-            self._n_wanted[room] += 1
-            age = self._age
-            self._take_wanted()
-            self._age = age
+            which = self._all_rows[room]
+            self._wanted[which, self._n_wanted[which]] = n_used - 1 - self._n_window
+            self._n_wanted[which] += 1
+            self._take_wanted(which)
         self.blocks[:, self._n_sink + (n_used - 1) % self._n_window] = n_used - 1
 
-    def _select_wanted(self, n_used: int) -> None:
-        """The critical blocks of the next set, for a step with ``n_used`` blocks in use."""
+    def _select_wanted(self, n_used: int, rows: slice) -> None:
+        """The critical blocks of the next set of some rows, for a step with ``n_used`` blocks in use."""
         t0 = time.perf_counter()
         n_sink, window_begin = self._n_sink, n_used - self._n_window
         n_middle = window_begin - n_sink
-        n_keep = np.minimum(self.pool.n_slots - self._n_fixed, n_middle)
+        n_keep = np.minimum(self.pool.n_slots[rows] - self._n_fixed, n_middle)
         if (n_keep == n_middle).all():
-            self._wanted[:, :n_middle] = np.arange(n_sink, window_begin)
-            self._n_wanted[:] = n_middle
-            self._next_shares[:] = 1.0
+            self._wanted[rows, :n_middle] = np.arange(n_sink, window_begin)
+            self._n_wanted[rows] = n_middle
+            self._next_shares[rows] = 1.0
             return
-        scores = self.predictor.predict(self.history, n_used)
+        scores = self.predictor.predict(self.history, n_used) if rows == ALL else self.predictor.predict(self.history, n_used, rows)
         t1 = time.perf_counter()
-        _prefer(scores, self.blocks, self._n_fixed, self.n_listed, n_sink, window_begin, n_used, PREFER, self._ranks)
-        _select(self._ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), self._lists, self._lengths, self._next_shares)
-        self._n_wanted[:] = self._lengths - self._n_fixed
-        self._wanted[:, :n_middle] = self._lists[:, n_sink:window_begin]
+        ranks, lists, lengths = self._ranks[rows], self._lists[rows], self._lengths[rows]
+        _prefer(scores, self.blocks[rows], self._n_fixed, self.n_listed[rows], n_sink, window_begin, n_used, PREFER, ranks)
+        _select(ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), lists, lengths, self._next_shares[rows])
+        self._n_wanted[rows] = lengths - self._n_fixed
+        self._wanted[rows, :n_middle] = lists[:, n_sink:window_begin]
         self.times.predict += t1 - t0
         self.times.select += time.perf_counter() - t1
 
@@ -263,19 +277,19 @@ class DeviceSession(Session):
             self.attached.score_store(layer, self._truth[layer, 0])
             self.history.observe_rows(layer, self._truth[layer], n_used)
 
-    def _beside(self, n_used: int, selects: bool) -> None:
-        """Calibrate, select and stage the set of the next step while this one is computed."""
+    def _beside(self, n_used: int, rows: slice) -> None:
+        """Calibrate, select and stage the set of some rows for the next step while this one is computed."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-prefetch")
-        self._staged = selects
-        self._pending = self._worker.submit(self._prefetch, n_used, selects)
+        self._staged = rows if rows.start < rows.stop else None
+        self._pending = self._worker.submit(self._prefetch, n_used, rows)
 
-    def _prefetch(self, n_used: int, selects: bool) -> None:
+    def _prefetch(self, n_used: int, rows: slice) -> None:
         if self.config.calibrate.startswith("host"):
             self._calibrate()
-        if selects:
-            self._select_wanted(n_used)
+        if rows.start < rows.stop:
+            self._select_wanted(n_used, rows)
             in_use = self._n_fixed + self._n_wanted
             begin = time.perf_counter()
-            self._n_staged = self.pool.stage(self._buffer, self._wanted, self._n_wanted, in_use, self._n_fixed)
+            self._n_staged = self.pool.stage(self._buffer, self._wanted, self._n_wanted, in_use, self._n_fixed, self._all_rows[rows])
             self.times.gather += time.perf_counter() - begin

@@ -18,11 +18,11 @@ Ids = npt.NDArray[np.int32]
 
 
 @numba.njit(nogil=True, cache=True)
-def _difference(table, n_slots, wanted, n_wanted, first, n_max, rows, slots, blocks):
-    """The first ``n_max`` moves, or fewer, that bring the slots [first, n_slots) of every row to what is wanted; how many."""
+def _difference(table, n_slots, wanted, n_wanted, first, which, n_max, rows, slots, blocks):
+    """The first ``n_max`` moves, or fewer, that bring the slots [first, n_slots) of the rows ``which`` to what is wanted; how many."""
     n = 0
     resident = np.zeros(wanted.shape[1] + 1, np.uint8)
-    for row in range(table.shape[0]):
+    for row in which:
         for i in range(n_wanted[row]):
             resident[wanted[row, i]] = 1  # wanted
         for s in range(first, n_slots[row]):
@@ -46,6 +46,13 @@ def _difference(table, n_slots, wanted, n_wanted, first, n_max, rows, slots, blo
         for i in range(n_wanted[row]):
             resident[wanted[row, i]] = 0
     return n
+
+
+@numba.njit(nogil=True, cache=True)
+def _drop(table, in_use, n_listed, which):
+    """Empty the slots [in_use, n_listed) of the rows ``which``."""
+    for row in which:
+        table[row, in_use[row] : n_listed[row]] = -1
 
 
 @numba.njit(nogil=True, cache=True)
@@ -110,7 +117,7 @@ class Pool:
         """Empty the slots whose blocks lie at or past ``block``."""
         self.table[self.table >= block] = -1
 
-    def stage(self, buffer: int, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int) -> int:
+    def stage(self, buffer: int, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int, which: Ids) -> int:
         """Bring what is wanted and not there to a staging buffer on the device. Runs beside a step.
 
         Parameters
@@ -120,6 +127,8 @@ class Pool:
             Slots that will be in use.
         first : int
             Slots before this are left alone.
+        which : int32, shape (n,)
+            Rows; the others are left alone.
 
         Returns
         -------
@@ -127,7 +136,7 @@ class Pool:
             Moves staged; as many as a buffer holds when there may be more to make.
         """
         rows, slots, blocks = self._moves[buffer]
-        n = _difference(self.table, n_used, wanted, n_wanted, first, len(rows), rows, slots, blocks)
+        n = _difference(self.table, n_used, wanted, n_wanted, first, which, len(rows), rows, slots, blocks)
         self.upload(buffer, n)
         return n
 
@@ -148,13 +157,17 @@ class Pool:
         self.table[rows[:n], slots[:n]] = blocks[:n]
         self.n_moved += n
 
-    def move(self, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int) -> None:
-        """Bring everything that is wanted into the pool, now."""
+    def move(self, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int, which: Ids) -> None:
+        """Bring everything that the rows ``which`` want into the pool, now."""
         buffer, n = 0, len(self._moves[0][0])
         while n == len(self._moves[0][0]):
-            n = self.stage(buffer, wanted, n_wanted, n_used, first)
+            n = self.stage(buffer, wanted, n_wanted, n_used, first, which)
             self.apply(buffer, n)
             buffer = 1 - buffer
+
+    def drop(self, in_use: Ids, n_listed: Ids, which: Ids) -> None:
+        """Empty the slots [in_use, n_listed) of the rows ``which``."""
+        _drop(self.table, in_use, n_listed, which)
 
     def put(self, slot: int, block: int) -> None:
         """Bring one block into the same slot of every row, now."""

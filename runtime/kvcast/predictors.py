@@ -13,6 +13,7 @@ import psutil
 from . import native, published
 from .history import DECAYS, History
 
+ALL = slice(None)
 LOOK_AHEAD = ("oracle", "quest")  # run each step twice, to see the step's own attention or query before selecting; for evaluation
 
 
@@ -21,9 +22,13 @@ class Predictor(Protocol):
 
     n_steps_kept: int  # of raw scores that it wants the history to keep
     state_bytes_per_block: int
+    by_rows: bool  # whether it can be asked for some rows only
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
-        """float32, shape (n_rows, >= n_blocks): larger means more attention; only the order within a row counts."""
+    def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
+        """float32, shape (n_rows, >= n_blocks): larger means more attention; only the order within a row counts.
+
+        rows: those asked for, where ``by_rows``.
+        """
         ...
 
 
@@ -32,12 +37,13 @@ class Average:
 
     n_steps_kept = 0
     state_bytes_per_block = 4
+    by_rows = True
 
     def __init__(self, decay: float):
         self._index = DECAYS.index(decay)
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
-        return history.averages[:, self._index, :]
+    def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
+        return history.averages[rows, self._index, :]
 
 
 class Nothing:
@@ -45,9 +51,10 @@ class Nothing:
 
     n_steps_kept = 0
     state_bytes_per_block = 0
+    by_rows = True
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
-        return np.full((len(history.averages), n_blocks), -1.0, np.float32)
+    def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
+        return np.full((len(history.averages[rows]), n_blocks), -1.0, np.float32)
 
 
 class Learned:
@@ -66,9 +73,10 @@ class Learned:
         self._network = open_predictor(resolve(name), max(1, (psutil.cpu_count(logical=False) or 1) // 4))
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
+        self.by_rows = self._network.by_rows
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
-        return self._network.predict(history, n_blocks)
+    def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
+        return self._network.predict(history, n_blocks, rows) if self.by_rows else self._network.predict(history, n_blocks)
 
 
 def default() -> str:

@@ -60,6 +60,7 @@ class Recent:
 
     n_steps_kept = 0
     state_bytes_per_block = 0
+    by_rows = False
 
     def __init__(self, attached: native.Attached):
         self._n_rows = attached.info.n_layer * attached.info.n_head_kv
@@ -77,6 +78,7 @@ class HeavyHitters:
 
     n_steps_kept = PROMPT_STEPS
     state_bytes_per_block = 4
+    by_rows = False
 
     def __init__(self, attached: native.Attached):
         info = attached.info
@@ -107,6 +109,7 @@ class PromptOnly:
 
     n_steps_kept = PROMPT_STEPS
     state_bytes_per_block = 4
+    by_rows = False
 
     def __init__(self, attached: native.Attached):
         self._scores = np.zeros((attached.info.n_layer * attached.info.n_head_kv, attached.info.n_blocks), np.float32)
