@@ -18,6 +18,7 @@ they are; only which blocks they name is replaced. To record it anew from a mode
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -80,16 +81,15 @@ def _replace(before, wanted, n_wanted, begin, end, share):
 
 def replay(session, shares: list[float]) -> None:
     """Have the session's sets change as much as a real model's did."""
-    select, at = session._select_wanted, iter(shares * 1000)
+    select, at = session._select_wanted, itertools.cycle(shares)
 
-    def select_and_replace(n_used: int) -> None:
-        filled = session.pool.n_moved > 0 and (session._n_wanted > 0).all()
-        n = int(session._n_wanted.max())
-        before, n_before = session._wanted[:, :n].copy(), session._n_wanted.copy()
-        select(n_used)
+    def select_and_replace(n_used: int, rows: slice) -> None:
+        wanted, n_wanted = session._wanted[rows], session._n_wanted[rows]
+        before, n_before = wanted[:, : n_wanted.max()].copy(), n_wanted.copy()
+        select(n_used, rows)
         begin, end = session._n_sink, n_used - session._n_window
-        if filled and (before < end).all() and (n_before == session._n_wanted).all():
-            _replace(before, session._wanted, session._n_wanted, begin, end, next(at))
+        if (n_before > 0).all() and (before < end).all() and (n_before == n_wanted).all():
+            _replace(before, wanted, n_wanted, begin, end, next(at))
 
     session._select_wanted = select_and_replace
 
@@ -104,7 +104,7 @@ def record(model: Path, text: Path, n_context: int, budget: int, n_steps: int = 
         llm.eval([token])
     session = llm.session
     critical = session.n_rows * (budget // 16 - session._n_fixed)
-    moves = session.times.moves[config.steps_held + 1 :]
+    moves = session.times.moves[config.steps_held + 1 :]  # without the first, which fills the pool
     shares = [sum(moves[i : i + config.steps_held]) / critical for i in range(0, len(moves), config.steps_held)]
     known = json.loads(CHURN.read_text()) if CHURN.exists() else {}
     known[f"{model.stem}, {text.stem}, {n_context} tokens, budget {budget}, hold {config.steps_held}"] = [round(s, 4) for s in shares]

@@ -112,12 +112,13 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     pool->q     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k*info.n_head, info.n_layer);
     pool->taps  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks*info.n_layer*info.n_head);
     good = good && place(*pool, type, {pool->new_k, pool->new_v, pool->q, pool->taps}, bytes);
-    pool->outbox_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv*info.n_layer);
     pool->rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv*info.n_layer);
+    pool->new_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) info.n_head_kv*info.n_layer);
     pool->masks = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) n_blocks*info.n_layer*KVCAST_BLOCK*kv.group());
     size_t in_bytes = 0;
-    good = good && place(*pool, type, {pool->outbox_rows, pool->rows, pool->masks}, in_bytes);
-    const size_t inbox_bytes = align(ggml_nbytes(pool->rows)) + ggml_nbytes(pool->masks);
+    good = good && place(*pool, type, {pool->rows, pool->new_rows, pool->masks}, in_bytes);
+    pool->masks_at = align(ggml_nbytes(pool->rows)) + align(ggml_nbytes(pool->new_rows));
+    const size_t inbox_bytes = pool->masks_at + ggml_nbytes(pool->masks);
     pool->sent     = host_memory(*pool, inbox_bytes);
     pool->received = host_memory(*pool, bytes);
     good = good && pool->sent && pool->received;
@@ -125,14 +126,16 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
         why_not = "the device has no memory left for the pool of " + std::to_string(n_blocks*KVCAST_BLOCK) + " tokens; take a smaller budget";
         return nullptr;
     }
-    std::vector<int64_t> rows(pool->outbox_rows->ne[0]);
-    std::iota(rows.begin(), rows.end(), 0);
-    ggml_backend_tensor_set(pool->outbox_rows, rows.data(), 0, ggml_nbytes(pool->outbox_rows));
     pool->tap_bytes = bytes + in_bytes;
     pool->inbox  = alias(*pool, pool->rows, GGML_TYPE_I8, inbox_bytes, 1);
     pool->outbox = alias(*pool, pool->new_k, GGML_TYPE_I8, bytes, 1);
     pool->k_raw  = alias(*pool, pool->k, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_slots);
     pool->v_raw  = alias(*pool, pool->v, GGML_TYPE_F16, pool->v_block_bytes/2, pool->n_slots);
+    const auto words = [&](ggml_tensor * t) {
+        return alias(*pool, t, GGML_TYPE_I32, ggml_row_size(t->type, t->ne[0])/sizeof(int32_t), t->ne[1]);
+    };
+    pool->k_words = words(pool->k);
+    pool->v_words = words(pool->v);
     pool->layer_slots.assign(info.n_layer, 0);
     pool->layer_first.assign(info.n_layer, 0);
     return pool;
@@ -161,6 +164,7 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
     const int n_fixed = pool.n_sink + pool.n_window;
 
     auto * rows = (int64_t *) pool.sent;
+    auto * new_rows = (int32_t *) (pool.sent + align(ggml_nbytes(pool.rows)));
     for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
         const int layer = row/info.n_head_kv;
         const int n = kv.n_listed[row];
@@ -173,6 +177,7 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
         }
         const int64_t slot = pool.layer_first[layer] + (int64_t) (row%info.n_head_kv)*pool.layer_slots[layer] + ring;
         rows[row] = slot*KVCAST_BLOCK + new_cell%KVCAST_BLOCK;
+        new_rows[row] = (int32_t) rows[row];
     }
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f), never = ggml_fp32_to_fp16(-INFINITY);
@@ -181,7 +186,7 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
         const int32_t * table = &kv.blocks[(size_t) layer*info.n_head_kv*info.n_blocks];
         const int n = kv.n_listed[layer*info.n_head_kv];
         const size_t n_cells = (size_t) n_slots*KVCAST_BLOCK;
-        auto * mask = (ggml_fp16_t *) (pool.sent + align(ggml_nbytes(pool.rows)) + offset);
+        auto * mask = (ggml_fp16_t *) (pool.sent + pool.masks_at + offset);
         // critical blocks are complete, see kvcast_pool_scatter
         std::fill_n(mask, n*KVCAST_BLOCK, zero);
         std::fill(mask + n*KVCAST_BLOCK, mask + n_cells, never);
@@ -204,6 +209,13 @@ static ggml_tensor * flat(ggml_context * ctx, ggml_tensor * t, int64_t ne0, int6
     return ggml_reshape_2d(ctx, ggml_is_contiguous(t) ? t : ggml_cont(ctx, t), ne0, ne1);
 }
 
+// Has an operation write its result, which is contiguous, into memory of ours.
+static ggml_tensor * into(ggml_tensor * result, ggml_tensor * memory, size_t offset) {
+    result->view_src  = memory;
+    result->view_offs = offset;
+    return result;
+}
+
 ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k,
         ggml_tensor * v, float scale, int layer) {
     auto & pool = *kv.pool;
@@ -215,11 +227,9 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
         return ggml_view_1d(ctx, rows, info.n_head_kv, (size_t) layer*info.n_head_kv*sizeof(int64_t));
     };
 
-    // the new token: into the window, and, by the same operation and so to the same bytes, out to the host
+    // the new token goes into the window
     k = flat(ctx, k, info.head_dim_k, info.n_head_kv);
     v = flat(ctx, v, info.head_dim_v, info.n_head_kv);
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_k, k, of(pool.outbox_rows)));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, pool.new_v, v, of(pool.outbox_rows)));
     ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0], layer*pool.q->nb[1])));
     const auto of_layer = [&](ggml_tensor * written) {
         return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells*written->nb[1],
@@ -239,8 +249,13 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     auto * logits = ggml_mul_mat(ctx, k, ggml_reshape_3d(ctx, q, info.head_dim_k, kv.group(), info.n_head_kv));
     auto * shares = ggml_sum_rows(ctx, ggml_reshape_2d(ctx, ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f), KVCAST_BLOCK, n_slots*info.n_head));
     const size_t first = (size_t) pool.layer_first[layer]/info.n_head_kv*info.n_head;
-    auto * taps = ggml_view_1d(ctx, pool.taps, n_slots*info.n_head, first*sizeof(float));
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, shares, n_slots*info.n_head, 1), taps));
+    ggml_build_forward_expand(gf, into(shares, pool.taps, first*sizeof(float)));
+
+    // and, when all are there, to the host: the very bytes that are in the pool
+    if (layer == info.n_layer - 1) {
+        ggml_build_forward_expand(gf, into(ggml_get_rows(ctx, pool.k_words, pool.new_rows), pool.new_k, 0));
+        ggml_build_forward_expand(gf, into(ggml_get_rows(ctx, pool.v_words, pool.new_rows), pool.new_v, 0));
+    }
 
     return ggml_reshape_2d(ctx, out, (int64_t) info.head_dim_v*info.n_head, 1);
 }
@@ -270,7 +285,7 @@ int32_t kvcast_pool_plan(kvcast_context * kv, const int32_t * n_slots, int32_t n
         pool.layer_first[il] = first;
         first += n_slots[il]*kv->info.n_head_kv;
     }
-    pool.inbox_used = align(ggml_nbytes(pool.rows)) + mask_bytes;
+    pool.inbox_used = pool.masks_at + mask_bytes;
     pool.n_sink   = n_sink;
     pool.n_window = n_window;
     pool.plan++;

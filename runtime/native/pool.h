@@ -23,6 +23,8 @@ struct kvcast_pool {
     ggml_tensor * v = nullptr;
     ggml_tensor * k_raw = nullptr;         // the same bytes as F16 [k_block_bytes/2, n_slots]
     ggml_tensor * v_raw = nullptr;
+    ggml_tensor * k_words = nullptr;       // the same bytes as I32, a row of K a row
+    ggml_tensor * v_words = nullptr;
 
     struct staging {
         uint8_t     * host = nullptr;      // K of n_staging blocks, V of them, their slots
@@ -36,8 +38,10 @@ struct kvcast_pool {
     // read by the graph, sent before the step in one piece, `inbox`: what a backend's scheduler would copy tensor by tensor
     ggml_tensor * inbox = nullptr;
     ggml_tensor * rows  = nullptr;         // I64 [n_head_kv*n_layer], rows of the pool where the new K and V go
+    ggml_tensor * new_rows = nullptr;      // I32, the same, for reading them
     ggml_tensor * masks = nullptr;         // F16: by number of slots of a layer [n_slots*16, group], every row the same: its cells
     std::map<int, size_t> mask_at;         // offsets of those in `masks`, by number of slots
+    size_t    masks_at = 0;                // offset of `masks` in the inbox
     size_t    inbox_used = 0;              // bytes
     uint8_t * sent = nullptr;              // the inbox on the host
 
@@ -47,7 +51,6 @@ struct kvcast_pool {
     ggml_tensor * new_v  = nullptr;
     ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer]
     ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, layer after layer
-    ggml_tensor * outbox_rows = nullptr;   // I64 [n_head_kv*n_layer], of new_k and new_v: 0, 1, 2, ...
     uint8_t * received = nullptr;          // the outbox on the host
 
     int n_slots   = 0;
