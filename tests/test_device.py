@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,6 +125,23 @@ def test_every_calibration_and_predictor(make, code, calibrate, predictor):
     run(llm, llm.tokenize(code.encode()), 1000, 25)
     if predictor == "window":
         assert (llm.session.n_listed == 5).all()  # sink and window
+
+
+@pytest.mark.parametrize("predictor", ["onnx:paper", "h2o", "quest"])
+def test_predictors_of_all_rows_at_once(make, code, predictor):
+    llm = make(predictor=predictor, hold=3)
+    run(llm, llm.tokenize(code.encode()), 1000, 10)
+
+
+def test_threads_that_select_change_nothing(make, code, monkeypatch):
+    logits = []
+    for n_helpers in (0, 3):
+        llm = make(hold=4)
+        if n_helpers:
+            monkeypatch.setattr(device, "N_HELPERS", n_helpers)
+            llm.session._helpers = ThreadPoolExecutor(n_helpers)
+        logits.append(run(llm, llm.tokenize(code.encode()), 1000, 12))
+    np.testing.assert_array_equal(*logits)
 
 
 def test_host_calibration_is_exact(make, code):

@@ -7,6 +7,7 @@ one in ``hold`` of the layers; all at once where the predictor cannot be asked f
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
+import psutil
 
 from . import native
 from .config import SparseConfig
@@ -24,6 +26,7 @@ from .session import Session
 
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
+N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select, beside a device that is not the CPU
 CAP = 8  # a layer's slots: at most so many times the mean
 
 
@@ -73,6 +76,9 @@ class DeviceSession(Session):
         self._staged: slice | None = None  # rows with a set that is not yet in the pool, but for what did not fit the buffer
         self._n_place_used = 0  # blocks in use that the pool's window is made for
         self._next_shares = np.ones(self.n_rows, np.float32)
+        # beside a GPU the cores have nothing else to do
+        on_cpu = self.attached.pool_info.device == b"CPU"
+        self._helpers = None if on_cpu else ThreadPoolExecutor(N_HELPERS, thread_name_prefix="kvcast-select")
         super()._warm_up()
         self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0, self._all_rows)
         self.pool.drop(self._n_wanted, self._n_wanted, self._all_rows)
@@ -128,6 +134,11 @@ class DeviceSession(Session):
         self._observe(before, begin, n_used)
         if self.on_attended is not None:
             self.on_attended(position)
+
+    def close(self) -> None:
+        super().close()
+        if self._helpers is not None:
+            self._helpers.shutdown()
 
     def finish_decode(self) -> None:
         super().finish_decode()
@@ -248,6 +259,20 @@ class DeviceSession(Session):
 
     def _select_wanted(self, n_used: int, rows: slice) -> None:
         """The critical blocks of the next set of some rows, for a step with ``n_used`` blocks in use."""
+        parts = [rows]
+        if self._helpers is not None and self.predictor.by_rows:
+            first, last, _ = rows.indices(self.n_rows)
+            bounds = [first + (last - first) * i // N_HELPERS for i in range(N_HELPERS + 1)]
+            parts = [slice(*ends) for ends in itertools.pairwise(bounds) if ends[0] < ends[1]]
+        if len(parts) == 1:
+            took = [self._select_rows(n_used, rows)]
+        else:
+            assert self._helpers is not None
+            took = list(self._helpers.map(self._select_rows, [n_used] * len(parts), parts))
+        self.times.predict += max(t[0] for t in took)
+        self.times.select += max(t[1] for t in took)
+
+    def _select_rows(self, n_used: int, rows: slice) -> tuple[float, float]:
         t0 = time.perf_counter()
         n_sink, window_begin = self._n_sink, n_used - self._n_window
         n_middle = window_begin - n_sink
@@ -256,16 +281,18 @@ class DeviceSession(Session):
             self._wanted[rows, :n_middle] = np.arange(n_sink, window_begin)
             self._n_wanted[rows] = n_middle
             self._next_shares[rows] = 1.0
-            return
-        scores = self.predictor.predict(self.history, n_used) if rows == ALL else self.predictor.predict(self.history, n_used, rows)
+            return 0.0, time.perf_counter() - t0
+        if self.predictor.by_rows:
+            scores = self.predictor.predict(self.history, n_used, rows)
+        else:
+            scores = self.predictor.predict(self.history, n_used)[rows]
         t1 = time.perf_counter()
         ranks, lists, lengths = self._ranks[rows], self._lists[rows], self._lengths[rows]
         _prefer(scores, self.blocks[rows], self._n_fixed, self.n_listed[rows], n_sink, window_begin, n_used, PREFER, ranks)
         _select(ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), lists, lengths, self._next_shares[rows])
         self._n_wanted[rows] = lengths - self._n_fixed
         self._wanted[rows, :n_middle] = lists[:, n_sink:window_begin]
-        self.times.predict += t1 - t0
-        self.times.select += time.perf_counter() - t1
+        return t1 - t0, time.perf_counter() - t1
 
     def _calibrate(self) -> None:
         """Exact scores of the last step's query over the store, one M-th of the layers at a time."""

@@ -22,6 +22,7 @@ class Quest:
     """
 
     n_steps_kept = 0
+    by_rows = False
 
     def __init__(self, attached: native.Attached):
         if attached.trace_q is None or attached.info.type_k != 1:
