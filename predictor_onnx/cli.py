@@ -18,7 +18,7 @@ from rich.table import Table
 from .infer import PaperPredictor, open_predictor, resolve, shipped
 
 app = typer.Typer(no_args_is_help=True, help="The learned predictors: train, export, evaluate, describe.")
-notes = Console(stderr=True)
+notes = Console(stderr=True, emoji=False)
 ITERATIONS = {"stream": 4000, "paper": 600}
 Architecture = Annotated[str, typer.Option(help="stream or paper.")]
 
@@ -169,7 +169,7 @@ def cost(path: Path) -> dict[str, float]:
 
 def show(card: dict) -> None:
     """A card's figures."""
-    console = Console(width=150)
+    console = Console(width=150, emoji=False)
     console.print(f"[bold]{card['name']}[/bold]: {card.get('description', '')}", highlight=False)
     table = Table(box=None, pad_edge=False, title="middle recovery at 24 blocks, held out", title_justify="left")
     for i, (document, row) in enumerate(card.get("middle_recovery_24_blocks_held_out", {}).items()):
@@ -275,7 +275,7 @@ def tokens_of(llm, name: str, n_context: int, n_steps: int) -> tuple[list[int], 
 
 
 def show_results(document: str, n_context: int, found) -> None:
-    console = Console(width=150, file=sys.stdout)
+    console = Console(width=150, file=sys.stdout, emoji=False)
     table = Table(box=None, pad_edge=False, title=f"{document}, {n_context} tokens", title_justify="left")
     for column in ("predictor", "budget", "budgets", "calibrate", "recovery", "95 %", "middle", "of oracle", "churn", "KL", "same", "ms"):
         table.add_column(column)

@@ -41,6 +41,8 @@ def document(name: str) -> str:
         There is no such document.
     """
     kind, _, which = name.partition(":")
+    if kind in ("novel", "needles"):
+        novel()  # says itself where it is to be found
     generated = {"pairs": pairs, "needles": needles, "chains": chains, "log": log, "talk": talk}
     try:
         if kind in generated:

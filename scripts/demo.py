@@ -16,7 +16,7 @@ from kvcast.eval.recovery import Recorder, recovery_of, true_scores
 from kvcast.picture import attended
 
 ROOT = Path(__file__).resolve().parent.parent
-console = Console()
+console = Console(emoji=False)
 
 
 def answer(llm: Llama, document: str, question: str, n_tokens: int) -> tuple[str, Conversation]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from .cache import DocumentCache
 from .errors import GenerationError, ModelError
 from .llama import Llama
 from .session import StepTimes
@@ -76,14 +77,30 @@ class Conversation:
                     f"the document has {n_tokens} tokens and the context holds {llm.n_ctx()}; use a larger --context or a shorter document"
                 )
 
-    def read(self) -> None:
-        """Process the document now, before any question is known."""
+    def read(self, cache: DocumentCache | None = None, title: str = "") -> bool:
+        """Process the document now, before any question is known; or take it from a cache, where it is kept for the next time.
+
+        Returns
+        -------
+        bool
+            It was in the cache.
+
+        Raises
+        ------
+        KvcastError
+            It was read, but cannot be kept.
+        """
         texts = around_question(self.llm, [*self.messages, {"role": "user", "content": MARK}])
         if not self.messages or texts is None:
-            return
+            return False
         tokens = self.llm.tokenize(texts[0].encode(), add_bos=False, special=True)
+        if cache is not None and cache.load(self.llm, tokens):
+            return True
         self.llm.reset()
         self.llm.eval(tokens)
+        if cache is not None:
+            cache.save(self.llm, tokens, title)
+        return False
 
     def ask(self, question: str, **kwargs: Any) -> Iterator[str]:
         """Answer a question, piece by piece. Ctrl-C, or ``stop``, ends the answer; what was said stays in the conversation.

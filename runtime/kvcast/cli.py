@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ from predictor_onnx.cli import app as predictor_app
 
 from . import models
 from .config import SparseConfig
-from .errors import KvcastError
+from .errors import GenerationError, KvcastError
 from .eval.cli import app as eval_app
 
 from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
@@ -27,8 +28,8 @@ from llama_cpp import _logger  # isort: skip  (after .config, which says where t
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 app.add_typer(predictor_app, name="predictor")
 app.add_typer(eval_app, name="eval")
-console = Console()
-notes = Console(stderr=True)
+console = Console(emoji=False)
+notes = Console(stderr=True, emoji=False)
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvcast models` or a path to a .gguf file.")]
 Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
@@ -89,6 +90,27 @@ def list_models() -> None:
     notes.print(f"kept in {models.cache_dir()}", highlight=False)
 
 
+@app.command("cache")
+def list_cache(clear: Annotated[bool, typer.Option("--clear", help="Remove them all.")] = False) -> None:
+    """List the processed documents that `kvcast chat` keeps on disk, or remove them."""
+    from .cache import DocumentCache
+
+    documents = DocumentCache()
+    if clear:
+        notes.print(f"{documents.clear() / 1e6:.0f} MB freed", highlight=False)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("document", "model", "tokens", "MB", "opened"):
+        table.add_column(column, justify="right" if column in ("tokens", "MB") else "left")
+    held = documents.entries()
+    for e in held:
+        opened = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.opened))
+        table.add_row(e.title, e.model, f"{e.n_tokens:,}", f"{e.n_bytes / 1e6:.0f}", opened)
+    console.print(table)
+    total = sum(e.n_bytes for e in held)
+    notes.print(f"{total / 1e6:.0f} MB of {documents.limit_bytes / 1e6:.0f} in {documents.folder}", highlight=False)
+
+
 @app.command()
 def chat(
     model: ModelName = "smollm2",
@@ -105,8 +127,10 @@ def chat(
     threads: Threads = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
+    cache: Annotated[bool, typer.Option(help="Keep processed documents on disk, to open them again at once; see `kvcast cache`.")] = True,
 ) -> None:
     """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
+    from .cache import DocumentCache
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
 
@@ -122,11 +146,17 @@ def chat(
             with progress("reading the document") as update:
                 if config is not None:
                     llm.session.on_progress = update
+                kept = False
                 with stop_on_interrupt(conversation.stop):
-                    conversation.read()
+                    try:
+                        kept = conversation.read(DocumentCache() if cache else None, ", ".join(path.name for path in file or []))
+                    except GenerationError:
+                        raise
+                    except KvcastError as error:  # it was read all the same
+                        notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             if config is not None:
                 llm.session.on_progress = None
-            notes.print(f"read {llm.n_tokens:,} tokens; ask away", highlight=False)
+            notes.print(f"{'opened' if kept else 'read'} {llm.n_tokens:,} tokens; ask away", highlight=False)
         while True:
             try:
                 question = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()

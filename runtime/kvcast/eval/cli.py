@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, help="Quality against dense, on any model and text.", pretty_exceptions_enable=False)
-console = Console()
+console = Console(emoji=False)
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvcast models` or a path to a .gguf file.")]
 Budget = Annotated[list[str] | None, typer.Option(help="Tokens, or a share of the context as 1/13; repeatable. Default: 1/13.")]
