@@ -84,6 +84,8 @@ def replay(session, shares: list[float]) -> None:
     select, at = session._select_wanted, itertools.cycle(shares)
 
     def select_and_replace(n_used: int, rows: slice) -> None:
+        if rows.start == rows.stop and rows != slice(None):
+            return
         wanted, n_wanted = session._wanted[rows], session._n_wanted[rows]
         before, n_before = wanted[:, : n_wanted.max()].copy(), n_wanted.copy()
         select(n_used, rows)

@@ -73,6 +73,8 @@ class DocumentCache:
         for path in self.folder.glob("*.json"):
             try:
                 found.append(Entry(**json.loads(path.read_text(encoding="utf-8"))))
+            except FileNotFoundError:  # another process opens it
+                continue
             except (OSError, ValueError, TypeError):
                 self._remove(path.stem)
         return sorted(found, key=lambda e: -e.opened)
@@ -101,7 +103,8 @@ class DocumentCache:
             return False
         llm.input_ids[: len(tokens)] = np.asarray(tokens)
         llm.n_tokens = len(tokens)
-        self._write(Entry(**{**asdict(entry), "opened": time.time()}))
+        with contextlib.suppress(OSError):  # the state is there, whether or not this can be noted
+            self._write(Entry(**{**asdict(entry), "opened": time.time()}))
         return True
 
     def save(self, llm: Llama, tokens: list[int], title: str) -> bool:
@@ -110,7 +113,7 @@ class DocumentCache:
         Raises
         ------
         KvcastError
-            The disk is full, or the folder cannot be written; what was kept before is still there.
+            The disk is full, or the folder cannot be written; nothing is lost but what had to make room.
         """
         n_bytes = llama_cpp.llama_state_get_size(llm.ctx)
         if len(tokens) < MIN_TOKENS or n_bytes > self.limit_bytes:
@@ -139,8 +142,9 @@ class DocumentCache:
         """Remove everything; returns the bytes that were freed."""
         n_bytes = 0
         for path in [*self.folder.glob("*.json"), *self.folder.glob("*.kv"), *self.folder.glob("*.part")]:
-            n_bytes += path.stat().st_size
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                n_bytes += path.stat().st_size
+                path.unlink()
         return n_bytes
 
     # ---- inside
@@ -151,7 +155,8 @@ class DocumentCache:
     def _key(self, llm: Llama, tokens: list[int]) -> str:
         params = llm.context_params
         settings = {name: str(getattr(params, name)) for name, *_ in params._fields_ if name.startswith(OF_THE_CACHE)}
-        about = json.dumps([FORMAT, _model_digest(Path(llm.model_path)), settings], sort_keys=True)
+        changes = [str(llm.lora_path), llm.lora_scale, str(llm.kv_overrides)]
+        about = json.dumps([FORMAT, _model_digest(Path(llm.model_path)), settings, changes], sort_keys=True)
         return hashlib.blake2b(about.encode() + np.asarray(tokens, np.int32).tobytes(), digest_size=16).hexdigest()
 
     def _write(self, entry: Entry) -> None:
@@ -162,15 +167,14 @@ class DocumentCache:
 
     def _remove(self, key: str) -> None:
         for path in (self.folder / f"{key}.json", self._state(key)):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _make_room(self, n_bytes: int) -> None:
-        for path in self.folder.glob("*.part"):  # of runs that were killed
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink(missing_ok=True)
-        for path in self.folder.glob("*.kv"):
-            if not path.with_suffix(".json").exists():
-                path.unlink(missing_ok=True)
+        for path in [*self.folder.glob("*.part"), *self.folder.glob("*.kv")]:  # of runs that were killed an hour ago or more
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > 3600 and (path.suffix == ".part" or not path.with_suffix(".json").exists()):
+                    path.unlink()
         held = self.entries()
         while held and sum(e.n_bytes for e in held) + n_bytes > self.limit_bytes:
             self._remove(held.pop().key)

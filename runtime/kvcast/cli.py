@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -88,6 +89,20 @@ def list_models() -> None:
         table.add_row(m.name, m.title, m.licence, f"{m.size_bytes / 1e6:.0f}", str(m.context), "yes" if there else "no", use)
     console.print(table)
     notes.print(f"kept in {models.cache_dir()}", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has for kvcast, what is missing, and what to do. Exit code 1 when something is to be done."""
+    from .doctor import examine
+
+    findings = examine()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for f in findings:
+        table.add_row("!" if f.todo else "", f.what, f.found + (f"\n[bold]{escape(f.todo)}[/bold]" if f.todo else ""))
+    console.print(table)
+    if any(f.todo for f in findings):
+        sys.exit(1)
 
 
 @app.command("cache")

@@ -111,6 +111,8 @@ class SparseConfig:
         if self.device:
             if self.budget % POOL_STEP:
                 raise ValueError(f"budget is {self.budget} tokens; with path='device' it must be a multiple of {POOL_STEP}")
+            if self.window < 2 * BLOCK_TOKENS:  # what leaves the window has to be complete in the store a step before
+                raise ValueError(f"window is {self.window} tokens; with path='device' it must be at least {2 * BLOCK_TOKENS}")
             if self.calibrate == "summary":
                 raise ValueError(
                     "calibrate='summary' is for path='host', where a step chooses for itself; use 'host:M', 'dense:M' or 'off'"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numba
@@ -114,6 +114,8 @@ class DeviceSession(Session):
     def step(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token over the pool."""
         begin = time.perf_counter()
+        if self._pending is not None:  # an interrupt came between two steps
+            self.truncate(self.n_tokens)
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         config, position = self.config, self.n_tokens
         self._since_calibration += 1
@@ -259,6 +261,8 @@ class DeviceSession(Session):
 
     def _select_wanted(self, n_used: int, rows: slice) -> None:
         """The critical blocks of the next set of some rows, for a step with ``n_used`` blocks in use."""
+        if rows.start == rows.stop and rows != ALL:
+            return
         parts = [rows]
         if self._helpers is not None and self.predictor.by_rows:
             first, last, _ = rows.indices(self.n_rows)
@@ -268,7 +272,9 @@ class DeviceSession(Session):
             took = [self._select_rows(n_used, rows)]
         else:
             assert self._helpers is not None
-            took = list(self._helpers.map(self._select_rows, [n_used] * len(parts), parts))
+            pending = [self._helpers.submit(self._select_rows, n_used, part) for part in parts]
+            wait(pending)
+            took = [p.result() for p in pending]
         self.times.predict += max(t[0] for t in took)
         self.times.select += max(t[1] for t in took)
 

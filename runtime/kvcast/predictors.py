@@ -51,10 +51,10 @@ class Nothing:
 
     n_steps_kept = 0
     state_bytes_per_block = 0
-    by_rows = True
+    by_rows = False  # nothing to save
 
-    def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
-        return np.full((len(history.averages[rows]), n_blocks), -1.0, np.float32)
+    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+        return np.full((len(history.averages), n_blocks), -1.0, np.float32)
 
 
 class Learned:
@@ -76,7 +76,9 @@ class Learned:
         self.by_rows = self._network.by_rows
 
     def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
-        return self._network.predict(history, n_blocks, rows) if self.by_rows else self._network.predict(history, n_blocks)
+        if self.by_rows:
+            return self._network.predict(history, n_blocks, rows)
+        return np.maximum(self._network.predict(history, n_blocks), 0)  # no share of attention is negative
 
 
 def default() -> str:

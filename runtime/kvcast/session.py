@@ -112,6 +112,13 @@ class Session:
     def __post_init__(self) -> None:
         trace = native.TRACE_HEAD if self.config.trace or self.config.predictor == "quest" else native.TRACE_NONE
         self.attached = self._attach(n_taps_within(self.n_bytes_per_tap), trace)
+        try:
+            self._set_up()
+        except BaseException:
+            self.attached.close()
+            raise
+
+    def _set_up(self) -> None:
         info = self.attached.info
         self.n_rows = info.n_layer * info.n_head_kv
         self.blocks = self.attached.blocks.reshape(self.n_rows, info.n_blocks)

@@ -80,6 +80,13 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     }
     const auto k_type = (ggml_type) info.type_k;
     const auto v_type = (ggml_type) info.type_v;
+    for (const auto & [type, dim] : {std::pair{k_type, info.head_dim_k}, {v_type, info.head_dim_v}}) {
+        if (ggml_row_size(type, dim) % sizeof(int32_t) != 0) { // new rows are read back as whole words
+            why_not = std::string("heads of ") + std::to_string(dim) + " channels do not fit the device path's pool as " +
+                ggml_type_name(type) + "; use an f16 cache (type_k=1, type_v=1)";
+            return nullptr;
+        }
+    }
     pool->n_slots       = n_blocks*info.n_layer*info.n_head_kv;
     pool->n_staging     = n_staging;
     pool->k_block_bytes = KVCAST_BLOCK*ggml_row_size(k_type, info.head_dim_k);
@@ -132,7 +139,9 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     pool->k_raw  = alias(*pool, pool->k, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_slots);
     pool->v_raw  = alias(*pool, pool->v, GGML_TYPE_F16, pool->v_block_bytes/2, pool->n_slots);
     const auto words = [&](ggml_tensor * t) {
-        return alias(*pool, t, GGML_TYPE_I32, ggml_row_size(t->type, t->ne[0])/sizeof(int32_t), t->ne[1]);
+        auto * view = alias(*pool, t, GGML_TYPE_I32, ggml_row_size(t->type, t->ne[0])/sizeof(int32_t), t->ne[1]);
+        view->view_src = t; // backends that reorder nodes see what they share
+        return view;
     };
     pool->k_words = words(pool->k);
     pool->v_words = words(pool->v);
@@ -169,7 +178,9 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
         const int layer = row/info.n_head_kv;
         const int n = kv.n_listed[row];
         const int32_t * table = &kv.blocks[(size_t) row*info.n_blocks];
-        if (n < n_fixed || n > pool.layer_slots[layer] || n != kv.n_listed[layer*info.n_head_kv] ||
+        // layers with the same slots share a mask
+        const auto like = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), pool.layer_slots[layer]) - pool.layer_slots.begin();
+        if (n < n_fixed || n > pool.layer_slots[layer] || n != kv.n_listed[like*info.n_head_kv] ||
                 table[ring] != new_block || *std::min_element(table, table + n) < 0) {
             kv.fail("the pool's table of layer " + std::to_string(layer) + ", KV head " + std::to_string(row % info.n_head_kv) +
                 " is not that of the step");
@@ -304,6 +315,10 @@ int64_t * kvcast_staging_slots(kvcast_context * kv, int32_t buffer) {
 void kvcast_pool_upload(kvcast_context * kv, int32_t buffer, int32_t n) {
     auto & pool = *kv->pool;
     auto & s    = pool.staged[buffer];
+    if (s.scattering) {
+        ggml_backend_synchronize(main_queue(*kv));
+        s.scattering = false;
+    }
     ggml_backend_tensor_set_async(pool.queue.get(), s.k, s.host, 0, n*pool.k_block_bytes);
     ggml_backend_tensor_set_async(pool.queue.get(), s.v, s.host + pool.n_staging*pool.k_block_bytes, 0, n*pool.v_block_bytes);
     ggml_backend_tensor_set_async(pool.queue.get(), s.slots, kvcast_staging_slots(kv, buffer), 0, n*sizeof(int64_t));
@@ -336,6 +351,7 @@ int32_t kvcast_pool_scatter(kvcast_context * kv, int32_t buffer, int32_t n) {
         ggml_build_forward_expand(gf, in_place(ggml_set_rows(ctx.get(), to, rows, slots)));
     }
     pool.scatters.push_back(std::move(ctx));
+    s.scattering = true;
     return ggml_backend_graph_compute_async(queue, gf) == GGML_STATUS_SUCCESS ? 0 : 1;
 }
 
@@ -349,6 +365,9 @@ int32_t kvcast_collect(kvcast_context * kv) {
     ggml_backend_tensor_get_async(main_queue(*kv), pool.outbox, pool.received, 0, ggml_nbytes(pool.outbox));
     kv->ctx->synchronize();
     pool.scatters.clear();
+    for (auto & s : pool.staged) {
+        s.scattering = false;
+    }
 
     if (pool.n_on_device < 0) {
         pool.n_on_device = 0;

@@ -31,6 +31,7 @@ struct kvcast_pool {
         ggml_tensor * k = nullptr;         // F16 [k_block_bytes/2, n_staging]
         ggml_tensor * v = nullptr;
         ggml_tensor * slots = nullptr;     // I64 [n_staging]
+        bool scattering = false;           // the compute queue may still read it
     } staged[2];
 
     std::vector<ggml_context_ptr> scatters; // graphs that backends may still look at, until the queue is synchronised

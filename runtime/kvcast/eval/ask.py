@@ -156,7 +156,7 @@ def run(
     """
     prompts = Prompts(llm, turns)
     wanted = {s.name: s.config and asdict(s.config) for s in selectors}
-    done = [d for d in _read(journal, about) if d["selector"] in wanted and d["config"] == wanted[d["selector"]]]
+    done = [d for d in _read(journal, about) if d["selector"] in wanted and d.get("config", ...) == wanted[d["selector"]]]
     known = {(d["task"], d["index"], d["selector"]) for d in done}
     plan = [(task, i) for i in indices for task in tasks]
     with open(journal, "a") if journal else contextlib.nullcontext() as file:
