@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from kvcast import KvcastError, Llama, SparseConfig
+from kvcast import GenerationError, KvcastError, Llama, SparseConfig
 from kvcast.cache import DocumentCache
 from kvcast.chat import Conversation
 from test_contract import logits_of
@@ -99,7 +98,6 @@ def test_the_limit_and_what_cannot_be_written(load, code, tmp_path):
     cache.limit_bytes = int(2.5 * one)
     for n, title in ((530, "second"), (540, "third")):
         llm.eval(tokens[llm.n_tokens : n])
-        time.sleep(0.01)
         assert cache.save(llm, tokens[:n], title)
     assert [e.title for e in cache.entries()] == ["third", "second"]
     assert not DocumentCache(tmp_path, one // 2).save(llm, tokens[:540], "too large")
@@ -122,6 +120,19 @@ def test_a_conversation_says_whether_it_was_kept(load, code, tmp_path):
         assert conversation.read(cache, "code") == kept
         answers.append("".join(conversation.ask("What is this?", max_tokens=8, temperature=0.0)))
     assert answers[0] and cache.entries()[0].title == "code"
+
+
+def test_reading_can_be_stopped_quietly(smollm2, code, capfd):
+    llm = Llama(smollm2, sparse=SparseConfig(budget=256), **SHARED)
+    conversation = Conversation(llm, code[:4000])
+    llm.session.on_progress = lambda *_: conversation.stop()
+    with pytest.raises(GenerationError):
+        conversation.read()
+    assert conversation.stopped and "graph_compute" not in capfd.readouterr().err
+    llm.session.on_progress = None
+    conversation.read()
+    assert llm.n_tokens > 1000 and not conversation.stopped
+    llm.close()
 
 
 def test_chat_opens_a_document_again(smollm2, code, tmp_path):

@@ -68,7 +68,7 @@ class Conversation:
         self.llm = llm
         self.messages: list[dict[str, str]] = []
         self.figures: Figures | None = None
-        self._stop = False
+        self.stopped = False
         if document:
             self.messages.append({"role": "system", "content": f"Answer from this document.\n\n{document}"})
             n_tokens = len(llm.tokenize(document.encode(), add_bos=False))
@@ -90,6 +90,7 @@ class Conversation:
         KvcastError
             It was read, but cannot be kept.
         """
+        self.stopped = False
         texts = around_question(self.llm, [*self.messages, {"role": "user", "content": MARK}])
         if not self.messages or texts is None:
             return False
@@ -109,7 +110,7 @@ class Conversation:
         """
         llm = self.llm
         self.messages.append({"role": "user", "content": question})
-        self._stop = False
+        self.stopped = False
         sparse = llm.sparse is not None
         if sparse:
             llm.session.configure(llm.session.config)
@@ -124,10 +125,10 @@ class Conversation:
                     n_tokens += 1
                     said.append(piece)
                     yield piece
-                if self._stop:
+                if self.stopped:
                     break
         except GenerationError:
-            if not self._stop:
+            if not self.stopped:
                 self.messages.pop()
                 raise
         except BaseException:
@@ -141,13 +142,13 @@ class Conversation:
             first_token_s=first - begin,
             tok_s=(n_tokens - 1) / (end - first) if n_tokens > 1 else 0.0,
             n_context=llm.n_tokens,
-            stopped=self._stop,
+            stopped=self.stopped,
             times=llm.session.times if sparse else None,
         )
 
     def stop(self) -> None:
         """End the running answer; safe in a signal handler."""
-        self._stop = True
+        self.stopped = True
         self.llm.interrupt()
 
 

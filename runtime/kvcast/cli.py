@@ -166,7 +166,10 @@ def chat(
                     try:
                         kept = conversation.read(DocumentCache() if cache else None, ", ".join(path.name for path in file or []))
                     except GenerationError:
-                        raise
+                        if not conversation.stopped:
+                            raise
+                        notes.print("stopped before the document was read", highlight=False)
+                        sys.exit(130)
                     except KvcastError as error:  # it was read all the same
                         notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             if config is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
+from llama_cpp import _logger  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
@@ -54,6 +56,7 @@ class Llama(llama_cpp.Llama):
 
     def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
         self._session: Session | None = None
+        self._log_level: int | None = None  # of llama.cpp's messages, while an interrupt silences them
         unknown = [name for name in kwargs if name not in _ARGUMENTS or name == "kwargs"]
         if unknown:
             close = _closest(unknown[0])
@@ -103,7 +106,7 @@ class Llama(llama_cpp.Llama):
                 f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )
-        session.attached.clear_abort()
+        self._clear_abort()
         tokens = list(tokens)
         if session.n_tokens != self.n_tokens or not session.history.primed:
             session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
@@ -122,7 +125,7 @@ class Llama(llama_cpp.Llama):
 
     def dense_eval(self, token: int) -> None:
         """Evaluate one token dense, with a session that is otherwise sparse. For evaluation; ``eval`` goes on sparse."""
-        self.session.attached.clear_abort()
+        self._clear_abort()
         self.session.dense_step(token, self._decode)
 
     def _take_back(self, tokens: list[int]) -> list[int]:
@@ -163,7 +166,7 @@ class Llama(llama_cpp.Llama):
 
     def _after_failure(self) -> None:
         assert self._session is not None
-        self._session.attached.clear_abort()
+        self._clear_abort()
         self._session.truncate(self.n_tokens)
 
     # ---- state
@@ -208,7 +211,17 @@ class Llama(llama_cpp.Llama):
     def interrupt(self) -> None:
         """Stop the running step, from a signal handler or another thread; generation ends with ``GenerationError``."""
         if self._session is not None:
+            if self._log_level is None:  # llama.cpp calls a stopped step an error, in three lines
+                self._log_level = _logger.logger.level
+                _logger.logger.setLevel(logging.CRITICAL)
             self._session.attached.abort()
+
+    def _clear_abort(self) -> None:
+        assert self._session is not None
+        if self._log_level is not None:
+            _logger.logger.setLevel(self._log_level)
+            self._log_level = None
+        self._session.attached.clear_abort()
 
     def attention_row(self, layer: int) -> np.ndarray:
         """The exact attention of the newest token over every token before it, whatever the step attended to.
