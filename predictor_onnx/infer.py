@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = "scores"
+CUDA = "CUDAExecutionProvider"
 Floats = npt.NDArray[np.float32]
 
 
@@ -30,6 +32,7 @@ class StreamPredictor:
 
     def __init__(self, session: Any, name: str):
         self._session = session
+        self.on_gpu = session.get_providers()[0] == CUDA
         n_wanted = session.get_inputs()[0].shape[1]
         n_given = 5
         if isinstance(n_wanted, int) and n_wanted != n_given:
@@ -40,7 +43,13 @@ class StreamPredictor:
         return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
 
     def run(self, averages: Floats) -> Floats:
-        return self._session.run([OUTPUT], {"averages": averages})[0]
+        if not self.on_gpu:
+            return self._session.run([OUTPUT], {"averages": averages})[0]
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("averages", averages)
+        binding.bind_output(OUTPUT, "cpu")
+        self._session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
 
 
 class PaperPredictor:
@@ -58,6 +67,7 @@ class PaperPredictor:
     n_steps_kept = n_steps + most_new
     state_bytes_per_block = 4 * (n_steps_kept + 32)
     by_rows = False  # what is kept from one prediction to the next is that of all rows
+    on_gpu = False
     width = 64  # blocks are taken in multiples of this, so that the right edge seldom moves
 
     def __init__(self, session: Any, name: str):
@@ -102,7 +112,7 @@ def check(probe: Floats, shape: tuple[int, int], name: str) -> None:
         raise PredictorError(f"predictor {name!r} yields values that are not numbers; its weights are damaged, export it again")
 
 
-def open_predictor(path: Path, n_threads: int = 1) -> StreamPredictor | PaperPredictor:
+def open_predictor(path: Path, n_threads: int = 1, *, cuda: bool = False) -> StreamPredictor | PaperPredictor:
     """Load a network; its inputs say which kind it is.
 
     Parameters
@@ -111,6 +121,8 @@ def open_predictor(path: Path, n_threads: int = 1) -> StreamPredictor | PaperPre
         An ONNX file with float32 inputs as in ``StreamPredictor`` or ``PaperPredictor``.
     n_threads : int
         Of ONNX Runtime; 1 leaves the other cores to the model.
+    cuda : bool
+        Run it on the GPU, on a stream of ONNX Runtime's own; on the CPU with a warning where its CUDA provider cannot be used.
 
     Raises
     ------
@@ -132,12 +144,18 @@ def open_predictor(path: Path, n_threads: int = 1) -> StreamPredictor | PaperPre
     options.log_severity_level = 4
     errors = onnxruntime.capi.onnxruntime_pybind11_state
     unusable = (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument, RuntimeError)
+    providers = ["CPUExecutionProvider"]
+    if cuda and CUDA in onnxruntime.get_available_providers():
+        onnxruntime.preload_dlls()
+        providers.insert(0, CUDA)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except unusable as error:
         raise PredictorError(
             f"predictor {path.name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'"
         ) from error
+    if cuda and session.get_providers()[0] != CUDA:
+        warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; kvcast[cuda] brings it", stacklevel=2)
     given = tuple(i.name for i in session.get_inputs())
     for kind in (StreamPredictor, PaperPredictor):
         if given == kind.inputs and OUTPUT in [o.name for o in session.get_outputs()]:

@@ -5,7 +5,7 @@
 Per context: dense with all KV on the GPU; dense with the KV cache on the host (offload_kqv=False; only up to --host-dense-max, it
 is slow); the host path at --budgets; the device path at context/16, at least 2,048. Decoded one token at a time through the same
 Python loop; medians over rounds, the first of which warms up and fills the pool. At --variants-at, the device path also without
-prefetch, with the plain average as predictor, and with calibration on the host.
+prefetch, with the plain average as predictor, with the network on the GPU (onnxruntime-gpu), and with calibration on the host.
 
 A model of the right shape with random weights is enough for speed, but its attention knows no jumps. So what moves between two
 sets of the device path is replayed from real models: the share of the critical blocks that was new at each selection
@@ -131,7 +131,9 @@ class Table:
     def load(self, n_context: int, **more) -> tuple[Llama, float]:
         """A model that has read a context, and how fast."""
         make = dict(n_gpu_layers=-1, n_batch=self.options.ubatch, n_ubatch=self.options.ubatch, n_ctx=n_context + 1024, verbose=False)
-        llm = Llama(self.options.model, **make, n_threads=self.options.threads, n_threads_batch=self.options.threads, **more)
+        if self.options.threads:
+            more["n_threads"] = self.options.threads
+        llm = Llama(self.options.model, **make, **more)
         tokens = np.random.default_rng(1).integers(100, 20000, n_context).tolist()
         llm.eval(tokens[: self.options.ubatch])  # what is loaded and compiled once
         llm.reset()
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--paths", default="dense,host,device")
     parser.add_argument("--host-dense-max", type=int, default=8192)
     parser.add_argument("--variants-at", type=int, default=32768)
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
+    parser.add_argument("--threads", type=int, help="of all rows; else the defaults, and all cores for dense with KV on the host")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--ubatch", type=int, default=2048)
@@ -193,7 +195,7 @@ def main() -> None:
             )
             llm.close()
             if n_context <= options.host_dense_max:
-                llm, prefill = table.load(n_context, flash_attn=True, offload_kqv=False)
+                llm, prefill = table.load(n_context, flash_attn=True, offload_kqv=False, n_threads=psutil.cpu_count(logical=False))
                 tok_s = rounds(llm, n_context, 16, 1)
                 table.add(context=n_context, how="dense, KV on host", tok_s=tok_s, prefill_tok_s=prefill)
                 llm.close()
@@ -216,6 +218,7 @@ def main() -> None:
                 for name, change in (
                     ("no prefetch", {"prefetch": False}),
                     ("ema", {"predictor": "ema"}),
+                    ("network on the GPU", {"predictor_on": "cuda"}),
                     ("host:32", {"calibrate": "host:32"}),
                 ):
                     changed = SparseConfig(budget=config.budget, path="device", **change)

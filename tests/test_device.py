@@ -133,13 +133,16 @@ def test_predictors_of_all_rows_at_once(make, code, predictor):
     run(llm, llm.tokenize(code.encode()), 1000, 10)
 
 
-def test_threads_that_select_change_nothing(make, code, monkeypatch):
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["each asks", "one asks for all"])
+def test_threads_that_select_change_nothing(make, code, monkeypatch, on_gpu):
     logits = []
     for n_helpers in (0, 3):
-        llm = make(hold=4)
+        llm = make(hold=4, calibrate="host:4")
+        monkeypatch.setattr(llm.session.predictor, "on_gpu", on_gpu)
         if n_helpers:
-            monkeypatch.setattr(device, "N_HELPERS", n_helpers)
+            monkeypatch.setattr(device, "PART_MIN", 1)
             llm.session._helpers = ThreadPoolExecutor(n_helpers)
+            llm.session._n_parts = n_helpers
         logits.append(run(llm, llm.tokenize(code.encode()), 1000, 12))
     np.testing.assert_array_equal(*logits)
 
@@ -149,7 +152,8 @@ def test_host_calibration_is_exact(make, code):
     run(llm, llm.tokenize(code.encode()), 1000, 1)
     scores = np.zeros((3, llm.session.attached.info.n_blocks), np.float32)
     for layer in (0, 17, 29):
-        llm.session.attached.score_store(layer, scores)
+        for head in range(3):
+            llm.session.attached.score_store(layer, head, scores[head])
         expected = np.pad(llm.attention_row(layer), ((0, 0), (0, 7))).reshape(3, 3, 63, 16).sum(-1).mean(1)
         np.testing.assert_allclose(scores[:, :63], expected, rtol=1e-3, atol=1e-6)
         assert not scores[:, 63:].any()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -34,6 +35,13 @@ def test_stream_against_numpy(shape):
     averages = (rng.random((shape[0], len(DECAYS), shape[1])) ** 5).astype(np.float32)
     path = resolve("stream")
     np.testing.assert_allclose(open_predictor(path).run(averages), naive_stream(path, averages), rtol=2e-4)
+
+
+def test_without_cuda_the_network_runs_on_the_cpu_and_says_so():
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("ONNX Runtime has its CUDA provider here")
+    with pytest.warns(UserWarning, match="runs on the CPU"):
+        assert not open_predictor(resolve("stream"), cuda=True).on_gpu
 
 
 def test_every_shipped_predictor_has_a_card():

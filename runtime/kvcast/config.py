@@ -28,6 +28,9 @@ class SparseConfig:
         ``last`` (scores of the last step), ``window`` (sink and window only),
         ``onnx:NAME`` (a network of predictor_onnx, or a path to one). For evaluation: ``oracle`` and ``quest`` (run each step twice,
         to see its true scores or its query), ``streaming``, ``h2o``, ``snapkv`` (published methods, simulated; ``kvcast eval``).
+    predictor_on : str
+        Where a network runs: ``cpu``, or ``cuda`` through ONNX Runtime's CUDA provider (onnxruntime-gpu), on a stream of its own;
+        on the CPU, with a warning, where that cannot be used.
     sink, window : int
         First and most recent tokens that are always attended to.
     hold : int or None
@@ -64,6 +67,7 @@ class SparseConfig:
     budget: int = 512
     compression: float | None = None
     predictor: str = "auto"
+    predictor_on: str = "cpu"
     sink: int = 16
     window: int = 64
     hold: int | None = None
@@ -102,6 +106,8 @@ class SparseConfig:
             raise ValueError(f"min_recovery is {self.min_recovery}; it must be a share: at least 0, less than 1")
         if self.predictor not in PREDICTORS and not re.fullmatch("onnx:.+", self.predictor):
             raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
+        if self.predictor_on not in ("cpu", "cuda"):
+            raise ValueError(f"predictor_on is {self.predictor_on!r}; use 'cpu' or 'cuda'")
         if not re.fullmatch(r"auto|summary|off|(dense|host):[1-9]\d*", self.calibrate):
             raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'summary', 'dense:M' or 'host:M' with M >= 1, or 'off'")
         if self.budgets not in ("spread", "uniform"):

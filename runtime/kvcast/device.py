@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 from . import native
@@ -26,7 +28,8 @@ from .session import Session
 
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
-N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select, beside a device that is not the CPU
+N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU; llama.cpp has the other cores
+PART_MIN = 1 << 15  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
 CAP = 8  # a layer's slots: at most so many times the mean
 
 
@@ -70,6 +73,8 @@ class DeviceSession(Session):
         self._planned = False
         self.n_filled = 0  # blocks moved by the step that filled the pool
         self._seen = False  # a step's query was collected since the last edit
+        self._unlearned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # lists, their lengths and shares of the last step
+        self._tapped = False  # its scores are still to be taken from the taps
         self._buffer = 0
         self._n_staged = 0
         self._all_rows = np.arange(self.n_rows, dtype=np.int32)
@@ -79,6 +84,7 @@ class DeviceSession(Session):
         # beside a GPU the cores have nothing else to do
         on_cpu = self.attached.pool_info.device == b"CPU"
         self._helpers = None if on_cpu else ThreadPoolExecutor(N_HELPERS, thread_name_prefix="kvcast-select")
+        self._n_parts = 1 if on_cpu else N_HELPERS
         super()._warm_up()
         self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0, self._all_rows)
         self.pool.drop(self._n_wanted, self._n_wanted, self._all_rows)
@@ -107,6 +113,8 @@ class DeviceSession(Session):
         self._planned = False
 
     def truncate(self, n_tokens: int) -> None:
+        self._settle()
+        self._take_in()
         super().truncate(n_tokens)
         self.pool.forget_from(n_tokens // native.BLOCK_TOKENS)
         self._seen = False
@@ -129,12 +137,13 @@ class DeviceSession(Session):
             self._place_set(n_used)
             self.attended, self.n_attended = self.blocks, self.n_listed
             self._run(native.SPARSE, [token], decode)
-            self._seen = True
+            self._seen = self._tapped = True
         self.times.moves.append(self.pool.n_moved - moved)
         if self._planned and not planned:
             self.n_filled = self.times.moves[-1]
         self._observe(before, begin, n_used)
         if self.on_attended is not None:
+            self._take_in()
             self.on_attended(position)
 
     def close(self) -> None:
@@ -144,6 +153,7 @@ class DeviceSession(Session):
 
     def finish_decode(self) -> None:
         super().finish_decode()
+        self._take_in()  # before the next scores come
         if self.in_sparse_step:
             self.attached.collect()
 
@@ -161,6 +171,20 @@ class DeviceSession(Session):
     def _n_fixed(self) -> int:
         return self._n_sink + self._n_window
 
+    def _learn(self) -> None:
+        """Only note what the step attended to: its scores are taken into the history beside the next one."""
+        longest = int(self.n_attended.max())
+        self._unlearned = self.attended[:, :longest].copy(), self.n_attended.copy(), self.shares.copy()
+
+    def _take_in(self) -> None:
+        """What ``_learn`` noted; nothing when that is done."""
+        if self._unlearned is not None:
+            blocks, n_listed, shares = self._unlearned
+            self._unlearned = None
+            if self._tapped:
+                self.attached.take_taps(n_listed)
+            self.history.observe_listed(blocks, n_listed, self.scores, shares)
+
     def _drop_set(self) -> None:
         super()._drop_set()
         self._staged = None
@@ -169,7 +193,7 @@ class DeviceSession(Session):
         """Attend to the whole store; its exact scores go to the history as those of a full list."""
         self._run(native.HISTORY, [token], decode)
         list_all(n_used, self._lists, self._lengths)
-        self.attended, self.n_attended = self._lists, self._lengths
+        self.attended, self.n_attended, self._tapped = self._lists, self._lengths, False
         self.scores[:, :n_used] = self.attached.history_scores[:, 0].reshape(self.n_rows, -1)[:, :n_used]
         self.shares[:] = 1.0
         self._since_calibration = 0
@@ -263,22 +287,25 @@ class DeviceSession(Session):
         """The critical blocks of the next set of some rows, for a step with ``n_used`` blocks in use."""
         if rows.start == rows.stop and rows != ALL:
             return
-        parts = [rows]
-        if self._helpers is not None and self.predictor.by_rows:
-            first, last, _ = rows.indices(self.n_rows)
-            bounds = [first + (last - first) * i // N_HELPERS for i in range(N_HELPERS + 1)]
-            parts = [slice(*ends) for ends in itertools.pairwise(bounds) if ends[0] < ends[1]]
-        if len(parts) == 1:
-            took = [self._select_rows(n_used, rows)]
-        else:
-            assert self._helpers is not None
-            pending = [self._helpers.submit(self._select_rows, n_used, part) for part in parts]
-            wait(pending)
-            took = [p.result() for p in pending]
+        self._take_in()
+        begin = time.perf_counter()
+        first, last, _ = rows.indices(self.n_rows)
+        n_parts = max(1, min(self._n_parts, (last - first) * n_used // PART_MIN))
+        bounds = [first + (last - first) * i // n_parts for i in range(n_parts + 1)]
+        parts = [slice(*ends) for ends in itertools.pairwise(bounds) if ends[0] < ends[1]]
+        predictor, scores = self.predictor, None
+        if not predictor.by_rows:
+            scores = predictor.predict(self.history, n_used)
+        elif predictor.on_gpu:
+            scores = np.empty((self.n_rows, n_used), np.float32)
+            scores[rows] = predictor.predict(self.history, n_used, rows)[:, :n_used]
+        self.times.predict += time.perf_counter() - begin
+        took = self._spread([(self._select_rows, n_used, part, scores) for part in parts])
         self.times.predict += max(t[0] for t in took)
         self.times.select += max(t[1] for t in took)
 
-    def _select_rows(self, n_used: int, rows: slice) -> tuple[float, float]:
+    def _select_rows(self, n_used: int, rows: slice, scores: npt.NDArray[np.float32] | None) -> tuple[float, float]:
+        """Select for some rows by ``scores``, or by what the predictor says of them; seconds of predicting and of selecting."""
         t0 = time.perf_counter()
         n_sink, window_begin = self._n_sink, n_used - self._n_window
         n_middle = window_begin - n_sink
@@ -288,13 +315,10 @@ class DeviceSession(Session):
             self._n_wanted[rows] = n_middle
             self._next_shares[rows] = 1.0
             return 0.0, time.perf_counter() - t0
-        if self.predictor.by_rows:
-            scores = self.predictor.predict(self.history, n_used, rows)
-        else:
-            scores = self.predictor.predict(self.history, n_used)[rows]
+        of_rows = self.predictor.predict(self.history, n_used, rows) if scores is None else scores[rows]
         t1 = time.perf_counter()
         ranks, lists, lengths = self._ranks[rows], self._lists[rows], self._lengths[rows]
-        _prefer(scores, self.blocks[rows], self._n_fixed, self.n_listed[rows], n_sink, window_begin, n_used, PREFER, ranks)
+        _prefer(of_rows, self.blocks[rows], self._n_fixed, self.n_listed[rows], n_sink, window_begin, n_used, PREFER, ranks)
         _select(ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), lists, lengths, self._next_shares[rows])
         self._n_wanted[rows] = lengths - self._n_fixed
         self._wanted[rows, :n_middle] = lists[:, n_sink:window_begin]
@@ -304,11 +328,19 @@ class DeviceSession(Session):
         """Exact scores of the last step's query over the store, one M-th of the layers at a time."""
         if not self._seen:
             return
-        every = self.config.calibrate_every
-        n_used = self._n_blocks()
-        for layer in range(self._since_calibration % every, self.attached.info.n_layer, every):
-            self.attached.score_store(layer, self._truth[layer, 0])
+        every, info, n_used = self.config.calibrate_every, self.attached.info, self._n_blocks()
+        layers = range(self._since_calibration % every, info.n_layer, every)
+        self._spread([(self.attached.score_store, il, h, self._truth[il, 0, h]) for il in layers for h in range(info.n_head_kv)])
+        for layer in layers:
             self.history.observe_rows(layer, self._truth[layer], n_used)
+
+    def _spread(self, calls: list[tuple]) -> list[Any]:
+        """Results of calls, each a function and its arguments, by the helpers where there are any."""
+        if self._helpers is None or len(calls) == 1:
+            return [call(*arguments) for call, *arguments in calls]
+        pending = [self._helpers.submit(*call) for call in calls]
+        wait(pending)
+        return [p.result() for p in pending]
 
     def _beside(self, n_used: int, rows: slice) -> None:
         """Calibrate, select and stage the set of some rows for the next step while this one is computed."""
@@ -318,6 +350,7 @@ class DeviceSession(Session):
         self._pending = self._worker.submit(self._prefetch, n_used, rows)
 
     def _prefetch(self, n_used: int, rows: slice) -> None:
+        self._take_in()
         if self.config.calibrate.startswith("host"):
             self._calibrate()
         if rows.start < rows.stop:

@@ -14,7 +14,7 @@ import psutil
 
 from . import native
 from .config import SparseConfig
-from .device import DeviceSession
+from .device import N_HELPERS, DeviceSession
 from .errors import CallbackError, GenerationError, ModelError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
@@ -63,7 +63,10 @@ class Llama(llama_cpp.Llama):
             raise TypeError(f"Llama has no argument {unknown[0]!r}" + (f"; did you mean {close!r}?" if close else ""))
         if sparse is not None:
             _refuse_contradictions(kwargs)
-            kwargs = {"n_threads": psutil.cpu_count(logical=False) or os.cpu_count(), **kwargs}
+            n_cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+            on_gpu = llama_cpp.llama_supports_gpu_offload() and kwargs.get("n_gpu_layers", 0)
+            # beside a GPU half of the cores select blocks
+            kwargs = {"n_threads": max(1, n_cores - N_HELPERS) if sparse.device and on_gpu else n_cores, **kwargs}
             if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & kwargs.keys():
                 kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
             kwargs.update(offload_kqv=False, flash_attn=True)

@@ -148,10 +148,14 @@ def kvcast_pool_upload(kv, buffer, n, /): ...
 def kvcast_pool_scatter(kv, buffer, n, /) -> int: ...
 @ctypes_function("kvcast_collect", [kvcast_p], ctypes.c_int32)
 def kvcast_collect(kv, /) -> int: ...
+
+
+@ctypes_function("kvcast_take_taps", [kvcast_p, c_int32_p], None)
+def kvcast_take_taps(kv, n_listed, /): ...
 @ctypes_function("kvcast_pool_verify", [kvcast_p], ctypes.c_int64)
 def kvcast_pool_verify(kv, /) -> int: ...
-@ctypes_function("kvcast_score_store", [kvcast_p, ctypes.c_int32, c_float_p], None)
-def kvcast_score_store(kv, layer, scores, /): ...
+@ctypes_function("kvcast_score_store", [kvcast_p, ctypes.c_int32, ctypes.c_int32, c_float_p], None)
+def kvcast_score_store(kv, layer, head, scores, /): ...
 @ctypes_function("kvcast_get_stats", [kvcast_p], kvcast_stats)
 def kvcast_get_stats(kv, /) -> kvcast_stats: ...
 @ctypes_function("kvcast_reset_stats", [kvcast_p], None)
@@ -304,9 +308,13 @@ class Attached:
         """Slots in use that differ from the block of the store that the table names."""
         return kvcast_pool_verify(self._kv)
 
-    def score_store(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
-        """What the last collected query gives every block of the store, exactly: float32, shape (n_head_kv, n_blocks), contiguous."""
-        kvcast_score_store(self._kv, layer, scores.ctypes.data_as(c_float_p))
+    def take_taps(self, n_listed: npt.NDArray[np.int32]) -> None:
+        """Device path: put the scores of the last collected step into ``scores``. n_listed: int32, shape (n_rows,), of that step."""
+        kvcast_take_taps(self._kv, n_listed.ctypes.data_as(c_int32_p))
+
+    def score_store(self, layer: int, head: int, scores: npt.NDArray[np.float32]) -> None:
+        """What the last collected query gives every block of the store, exactly: float32, shape (n_blocks,), contiguous. Thread-safe."""
+        kvcast_score_store(self._kv, layer, head, scores.ctypes.data_as(c_float_p))
 
     def abort(self) -> None:
         """Stop the running or next decode between two nodes. Safe from any thread and from a signal handler."""

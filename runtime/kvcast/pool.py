@@ -111,7 +111,8 @@ class Pool:
         """Give every layer its slots per KV head: shape (n_layer,), multiples of 16. Empties the pool; ValueError when they do not fit."""
         self._attached.plan_pool(layer_slots, n_sink, n_window)
         self.n_slots[:] = np.repeat(layer_slots, self._n_head_kv)
-        self._first_slot[:] = np.concatenate([[0], np.cumsum(self.n_slots)[:-1]])
+        order = np.argsort(self.n_slots, kind="stable")  # layers with the same slots lie together
+        self._first_slot[order] = np.concatenate([[0], np.cumsum(self.n_slots[order])[:-1]])
 
     def forget_from(self, block: int) -> None:
         """Empty the slots whose blocks lie at or past ``block``."""

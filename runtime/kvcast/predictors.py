@@ -11,6 +11,7 @@ import numpy.typing as npt
 import psutil
 
 from . import native, published
+from .config import SparseConfig
 from .history import DECAYS, History
 
 ALL = slice(None)
@@ -23,6 +24,7 @@ class Predictor(Protocol):
     n_steps_kept: int  # of raw scores that it wants the history to keep
     state_bytes_per_block: int
     by_rows: bool  # whether it can be asked for some rows only
+    on_gpu: bool  # one call for all rows then, not one for every thread that selects
 
     def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
         """float32, shape (n_rows, >= n_blocks): larger means more attention; only the order within a row counts.
@@ -38,6 +40,7 @@ class Average:
     n_steps_kept = 0
     state_bytes_per_block = 4
     by_rows = True
+    on_gpu = False
 
     def __init__(self, decay: float):
         self._index = DECAYS.index(decay)
@@ -52,6 +55,7 @@ class Nothing:
     n_steps_kept = 0
     state_bytes_per_block = 0
     by_rows = False  # nothing to save
+    on_gpu = False
 
     def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
         return np.full((len(history.averages), n_blocks), -1.0, np.float32)
@@ -66,14 +70,14 @@ class Learned:
         The file is missing or unusable, or ONNX Runtime is not installed.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, n_threads: int, cuda: bool):
         from predictor_onnx.infer import open_predictor, resolve
 
-        # a quarter of the cores: the others are the model's
-        self._network = open_predictor(resolve(name), max(1, (psutil.cpu_count(logical=False) or 1) // 4))
+        self._network = open_predictor(resolve(name), n_threads, cuda=cuda)
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
         self.by_rows = self._network.by_rows
+        self.on_gpu = self._network.on_gpu
 
     def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
         if self.by_rows:
@@ -89,12 +93,16 @@ def default() -> str:
     return "ema"
 
 
-def make(name: str, attached: native.Attached) -> Predictor:
-    """The predictor of a SparseConfig's ``predictor``; ``oracle`` ranks the true scores that the session put last."""
+def make(config: SparseConfig, attached: native.Attached) -> Predictor:
+    """The predictor of a SparseConfig; ``oracle`` ranks the true scores that the session put last."""
+    name = config.predictor
     if name == "auto":
         name = default()
     if name.startswith("onnx:"):
-        return Learned(name.removeprefix("onnx:"))
+        # a quarter of the cores: the others are the model's; where several threads ask, beside a GPU, one for each of them
+        shared = attached.pool_info.device not in (None, b"CPU")
+        n_threads = 1 if shared else max(1, (psutil.cpu_count(logical=False) or 1) // 4)
+        return Learned(name.removeprefix("onnx:"), n_threads, config.predictor_on == "cuda")
     if name in published.BY_NAME:
         return published.BY_NAME[name](attached)
     return {"ema": Average(0.9), "last": Average(0.0), "oracle": Average(0.0), "window": Nothing()}[name]

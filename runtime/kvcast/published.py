@@ -22,7 +22,7 @@ class Quest:
     """
 
     n_steps_kept = 0
-    by_rows = False
+    by_rows = on_gpu = False
 
     def __init__(self, attached: native.Attached):
         if attached.trace_q is None or attached.info.type_k != 1:
@@ -61,7 +61,7 @@ class Recent:
 
     n_steps_kept = 0
     state_bytes_per_block = 0
-    by_rows = False
+    by_rows = on_gpu = False
 
     def __init__(self, attached: native.Attached):
         self._n_rows = attached.info.n_layer * attached.info.n_head_kv
@@ -79,7 +79,7 @@ class HeavyHitters:
 
     n_steps_kept = PROMPT_STEPS
     state_bytes_per_block = 4
-    by_rows = False
+    by_rows = on_gpu = False
 
     def __init__(self, attached: native.Attached):
         info = attached.info
@@ -110,7 +110,7 @@ class PromptOnly:
 
     n_steps_kept = PROMPT_STEPS
     state_bytes_per_block = 4
-    by_rows = False
+    by_rows = on_gpu = False
 
     def __init__(self, attached: native.Attached):
         self._scores = np.zeros((attached.info.n_layer * attached.info.n_head_kv, attached.info.n_blocks), np.float32)

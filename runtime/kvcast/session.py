@@ -130,7 +130,7 @@ class Session:
         self.n_free = self.attached.n_free.reshape(self.n_rows)
         self.shares = self.attached.shares.reshape(self.n_rows)
         self.history = History(info.n_layer, info.n_head_kv, info.n_blocks)
-        self._use(predictors.make(self.config.predictor, self.attached))
+        self._use(predictors.make(self.config, self.attached))
         self.frozen = False  # keep the lists, take no scores (the ceiling in benchmarks)
         self.n_tokens = 0  # in the store, as far as the session knows
         self._age: int | None = None  # steps since the last selection; None: select before the next step
@@ -183,7 +183,7 @@ class Session:
         """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
         if config.summary and self.weights is None:
             raise ValueError(f"calibrate={config.calibrate!r} needs a summary of the keys; load the model with it")
-        self._use(predictors.make(config.predictor, self.attached))
+        self._use(predictors.make(config, self.attached))
         self.config = config
         self.frozen = frozen
         self.times = StepTimes()
@@ -275,7 +275,7 @@ class Session:
         """Take in a sparse step that began at ``begin``, and count it."""
         times, observed = self.times, time.perf_counter()
         if not self.frozen:
-            self.history.observe_listed(self.attended, self.n_attended, self.scores, self.shares)
+            self._learn()
             self._poor = float(self.shares.mean()) < self.config.min_recovery
         after = self.attached.stats
         end = time.perf_counter()
@@ -291,6 +291,10 @@ class Session:
         if self.calibrating:
             times.n_calibrations += 1
             times.calibrate += end - begin
+
+    def _learn(self) -> None:
+        """Take the scores of a sparse step into the history."""
+        self.history.observe_listed(self.attended, self.n_attended, self.scores, self.shares)
 
     def finish_decode(self) -> None:
         """When llama_decode has returned: what must succeed for the step to count. A RuntimeError undoes the step."""

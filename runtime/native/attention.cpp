@@ -3,7 +3,9 @@
 #include "kvcast-graph.h"
 #include "pool.h"
 
+#include "llama-context.h"
 #include "llama-kv-cache.h"
+#include "llama-model.h"
 
 #include <cmath>
 #include <cstring>
@@ -24,11 +26,11 @@ void keep_trace(const kvcast_context & kv, const ggml_tensor * q, int layer) {
     }
 }
 
-// The thread that completes the last head of a layer reports it.
-void complete_head(kvcast_layer & layer, const ggml_tensor * q, int n_taps) {
+// The thread that completes the last of a layer's n shares of work reports the layer.
+void complete_share(kvcast_layer & layer, int n, const ggml_tensor * q, int n_taps) {
     auto & kv = *layer.kv;
     const auto & info = kv.info;
-    if (layer.heads_done.fetch_add(1, std::memory_order_acq_rel) + 1 < info.n_head_kv) {
+    if (layer.n_done.fetch_add(1, std::memory_order_acq_rel) + 1 < n) {
         return;
     }
     if (!kv.trace_q.empty()) {
@@ -153,7 +155,7 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
 
         if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
             merge_head(layer, dst, part.head);
-            complete_head(layer, q, 1);
+            complete_share(layer, info.n_head_kv, q, 1);
         }
     }
 }
@@ -210,9 +212,61 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
             }
         }
         if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
-            complete_head(layer, q, (int) q->ne[2]);
+            complete_share(layer, info.n_head_kv, q, (int) q->ne[2]);
         }
     }
+}
+
+constexpr int64_t MIN_ON_GPU = 32; // tokens for which ggml too brings host memory to a GPU
+
+// Scores that a GPU made: sums over the query heads of a group, [n_blocks of the batch * n_tokens, n_head_kv].
+void op_collect(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & layer = *static_cast<kvcast_layer *>(userdata);
+    auto & kv    = *layer.kv;
+    const auto & info = kv.info;
+    const ggml_tensor * sums = dst->src[0];
+    const ggml_tensor * q    = dst->src[1];
+    const int64_t n_taps = q->ne[2];
+    const int64_t n      = sums->ne[0]/n_taps;
+    for (int64_t row = ith; row < n_taps*info.n_head_kv; row += nth) {
+        const float * src = (const float *) sums->data + (row%info.n_head_kv)*sums->ne[0] + row/info.n_head_kv*n;
+        float * dst_row = &kv.history_scores[((size_t) layer.id*info.max_taps*info.n_head_kv + row)*info.n_blocks];
+        for (int64_t b = 0; b < n; ++b) {
+            dst_row[b] = src[b]/kv.group();
+        }
+        std::fill(dst_row + n, dst_row + info.n_blocks, 0.0f);
+    }
+    complete_share(layer, nth, q, (int) n_taps);
+}
+
+// The scores of a history batch on the GPU that runs the layer; the keys are brought there as for its attention.
+ggml_tensor * score_on_gpu(kvcast_context & kv, ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask, float scale, int il) {
+    auto * sched = kv.ctx->get_sched();
+    ggml_backend_t backend = nullptr;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        auto * b = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(b) == kv.ctx->get_model().dev_layer(il)) {
+            backend = b;
+        }
+    }
+    const auto there = [&](ggml_tensor * t) {
+        ggml_backend_sched_set_tensor_backend(sched, t, backend);
+        return t;
+    };
+    const int64_t n = k->ne[2]/KVCAST_BLOCK*q->ne[2]; // sums of one query head
+    q = there(ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3)));
+    auto * logits = there(ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q));
+    ggml_prec_set_acc(logits, GGML_PREC_F32);
+    auto * probs  = there(ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f));
+    auto * sums   = there(ggml_sum_rows(ctx, ggml_reshape_2d(ctx, probs, KVCAST_BLOCK, n*kv.info.n_head)));
+    const auto of_group = [&](int g) {
+        return ggml_view_2d(ctx, sums, n, kv.info.n_head_kv, kv.group()*n*sizeof(float), g*n*sizeof(float));
+    };
+    auto * sum = of_group(0);
+    for (int g = 1; g < kv.group(); ++g) {
+        sum = there(ggml_add(ctx, sum, of_group(g)));
+    }
+    return kv.group() > 1 ? sum : there(ggml_cont(ctx, sum));
 }
 
 // ---- the input of such a graph
@@ -320,7 +374,7 @@ ggml_tensor * kvcast_build_pooled(kvcast_context * kv, ggml_context * ctx, ggml_
 }
 
 ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il) {
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il) {
     const int64_t n_tokens = q->ne[2];
     GGML_ASSERT(kv->group() <= kvcast::MAX_GROUP);
     if (n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
@@ -331,6 +385,12 @@ ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cg
     ggml_tensor * args[] = {q, k, v};
     if (mode == KVCAST_SPARSE) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);
+    }
+    const bool on_gpu = ggml_backend_dev_type(kv->ctx->get_model().dev_layer(il)) == GGML_BACKEND_DEVICE_TYPE_GPU;
+    if (on_gpu && n_tokens >= MIN_ON_GPU && k->type == GGML_TYPE_F16 && kv->trace_q.empty()) { // other types want rows that lie together
+        ggml_tensor * made[] = {score_on_gpu(*kv, ctx, q, k, mask, kq_scale, il), q};
+        ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, made, 2, op_collect, GGML_N_TASKS_MAX, layer));
+        return nullptr;
     }
     ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_score, GGML_N_TASKS_MAX, layer));
     return nullptr;

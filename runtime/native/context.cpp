@@ -425,7 +425,7 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
     }
     for (auto & layer : layers) {
         layer->next = 0;
-        layer->heads_done = 0;
+        layer->n_done = 0;
         layer->next_chunk = 0;
         layer->heads_chosen = 0;
         for (int h = 0; h < info.n_head_kv; ++h) {

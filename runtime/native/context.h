@@ -67,7 +67,7 @@ struct kvcast_layer {
     std::vector<int>                    n_parts;      // [n_head_kv]
     std::atomic<int>                    next{0};      // next part to take
     std::unique_ptr<std::atomic<int>[]> parts_done;   // [n_head_kv]
-    std::atomic<int>                    heads_done{0};
+    std::atomic<int>                    n_done{0};       // shares of the work
     int64_t                             begin_us = 0;
 
     // choosing blocks: chunks of blocks of one KV head, chunk by chunk, head by head

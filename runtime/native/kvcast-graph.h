@@ -19,6 +19,6 @@ ggml_tensor * kvcast_build_pooled(kvcast_context * kv, ggml_context * ctx, ggml_
 
 // Sparse mode: the attention output [head_dim_v*n_head, n_tokens] over the listed blocks.
 // History mode: adds the score node to gf and returns nullptr, as does a batch that is dense: llama.cpp goes on as always.
-// q [head_dim_k, n_head, n_tokens] F32; k, v: views of the cache [head_dim, n_head_kv, n_kv], token-major
+// q [head_dim_k, n_head, n_tokens] F32; k, v: views of the cache [head_dim, n_head_kv, n_kv], token-major; mask [n_kv, n_tokens]
 ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il);
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il);

@@ -137,14 +137,16 @@ LLAMA_API int64_t * kvcast_staging_slots(struct kvcast_context * kv, int32_t buf
 // Brings the first n blocks of a staging buffer to the device, and returns when they are there.
 LLAMA_API void    kvcast_pool_upload (struct kvcast_context * kv, int32_t buffer, int32_t n);
 LLAMA_API int32_t kvcast_pool_scatter(struct kvcast_context * kv, int32_t buffer, int32_t n); // 0 on success
-// After each sparse llama_decode(): brings K and V of the new token into the store, and fills kvcast_scores (in the table's order)
-// and the trace. 1: an attention callback failed; 2: kvcast_abort was called; then the caller must remove the
+// After each sparse llama_decode(): brings K and V of the new token into the store, and fills the trace. 1: an attention callback failed; 2: kvcast_abort was called; then the caller must remove the
 // step's token.
 LLAMA_API int32_t kvcast_collect(struct kvcast_context * kv);
+// Its scores, from what was read back; the table may have changed since: n_listed [n_layer*n_head_kv] is that of the step. May run
+// beside the next step, until that is collected.
+LLAMA_API void kvcast_take_taps(struct kvcast_context * kv, const int32_t * n_listed);
 // Slots in use that differ from the block of the store that the table names; 0 is right. Reads the whole pool back.
 LLAMA_API int64_t kvcast_pool_verify(struct kvcast_context * kv);
 // What the query of the step that was collected last would have given every block of the store, exactly: scores [n_head_kv][n_blocks].
-LLAMA_API void kvcast_score_store(struct kvcast_context * kv, int32_t layer, float * scores);
+LLAMA_API void kvcast_score_store(struct kvcast_context * kv, int32_t layer, int32_t head, float * scores);
 
 // Results of the last step.
 LLAMA_API const float * kvcast_scores        (const struct kvcast_context * kv); // sparse: [n_layer][n_head_kv][n_blocks], list order

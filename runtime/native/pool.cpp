@@ -147,6 +147,7 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     pool->v_words = words(pool->v);
     pool->layer_slots.assign(info.n_layer, 0);
     pool->layer_first.assign(info.n_layer, 0);
+    pool->layer_rank.assign(info.n_layer, 0);
     return pool;
 }
 
@@ -155,7 +156,7 @@ const float * kvcast_pool::received_at(const ggml_tensor * t) const {
 }
 
 const float * kvcast_pool::query(int layer) const {
-    return received_at(q) + layer*q->ne[0];
+    return received_at(q) + layer_rank[layer]*q->ne[0];
 }
 
 // ---- the graph
@@ -227,6 +228,29 @@ static ggml_tensor * into(ggml_tensor * result, ggml_tensor * memory, size_t off
     return result;
 }
 
+// A second look at all layers' keys, those with the same number of slots in one go: many small operations beside the attention of
+// each layer cost more than the attention itself.
+static void build_taps(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf, float scale) {
+    auto & pool = *kv.pool;
+    const auto & info = kv.info;
+    for (const auto & [n_slots, mask_offset] : pool.mask_at) {
+        const auto is_like = [&](int n) { return n == n_slots; };
+        const int64_t n_rows  = std::count_if(pool.layer_slots.begin(), pool.layer_slots.end(), is_like)*info.n_head_kv;
+        const int64_t n_cells = n_slots*KVCAST_BLOCK;
+        const int layer = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), n_slots) - pool.layer_slots.begin(); // the first of them
+        auto * k = ggml_view_3d(ctx, pool.k, info.head_dim_k, n_cells, n_rows, pool.k->nb[1], n_cells*pool.k->nb[1],
+            (size_t) pool.layer_first[layer]*KVCAST_BLOCK*pool.k->nb[1]);
+        auto * q = ggml_view_3d(ctx, pool.q, info.head_dim_k, kv.group(), n_rows, info.head_dim_k*sizeof(float),
+            info.head_dim_k*kv.group()*sizeof(float), pool.layer_rank[layer]*pool.q->nb[1]);
+        auto * mask = ggml_view_2d(ctx, pool.masks, n_cells, kv.group(), n_cells*sizeof(ggml_fp16_t), mask_offset);
+        auto * logits = ggml_mul_mat(ctx, k, q);
+        ggml_prec_set_acc(logits, GGML_PREC_F32);
+        auto * probs  = ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f);
+        auto * shares = ggml_sum_rows(ctx, ggml_reshape_2d(ctx, probs, KVCAST_BLOCK, n_slots*kv.group()*n_rows));
+        ggml_build_forward_expand(gf, into(shares, pool.taps, (size_t) pool.layer_first[layer]*kv.group()*sizeof(float)));
+    }
+}
+
 ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k,
         ggml_tensor * v, float scale, int layer) {
     auto & pool = *kv.pool;
@@ -241,7 +265,8 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     // the new token goes into the window
     k = flat(ctx, k, info.head_dim_k, info.n_head_kv);
     v = flat(ctx, v, info.head_dim_v, info.n_head_kv);
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0], layer*pool.q->nb[1])));
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0],
+        pool.layer_rank[layer]*pool.q->nb[1])));
     const auto of_layer = [&](ggml_tensor * written) {
         return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells*written->nb[1],
             (size_t) pool.layer_first[layer]*KVCAST_BLOCK*written->nb[1]);
@@ -249,21 +274,15 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     k = of_layer(ggml_set_rows(ctx, pool.k, k, of(pool.rows)));
     v = of_layer(ggml_set_rows(ctx, pool.v, v, of(pool.rows)));
 
-    // attention, and beside it how it is spread over the slots
     auto * queries = ggml_permute(ctx, q, 0, 2, 1, 3);
     auto * out = ggml_flash_attn_ext(ctx, queries, k, v, ggml_view_2d(ctx, mask, n_cells, 1, mask->nb[1], 0), scale, 0.0f, 0.0f);
     ggml_prec_set_acc(out, GGML_PREC_F32);
     pool.attention[layer] = out;
     ggml_build_forward_expand(gf, out);
 
-    q = ggml_is_contiguous(q) ? q : ggml_cont(ctx, q);
-    auto * logits = ggml_mul_mat(ctx, k, ggml_reshape_3d(ctx, q, info.head_dim_k, kv.group(), info.n_head_kv));
-    auto * shares = ggml_sum_rows(ctx, ggml_reshape_2d(ctx, ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f), KVCAST_BLOCK, n_slots*info.n_head));
-    const size_t first = (size_t) pool.layer_first[layer]/info.n_head_kv*info.n_head;
-    ggml_build_forward_expand(gf, into(shares, pool.taps, first*sizeof(float)));
-
-    // and, when all are there, to the host: the very bytes that are in the pool
+    // when all are there: how attention was spread over the slots, and the new rows, the very bytes that are in the pool
     if (layer == info.n_layer - 1) {
+        build_taps(kv, ctx, gf, scale);
         ggml_build_forward_expand(gf, into(ggml_get_rows(ctx, pool.k_words, pool.new_rows), pool.new_k, 0));
         ggml_build_forward_expand(gf, into(ggml_get_rows(ctx, pool.v_words, pool.new_rows), pool.new_v, 0));
     }
@@ -285,15 +304,20 @@ int32_t kvcast_pool_plan(kvcast_context * kv, const int32_t * n_slots, int32_t n
     if (first > pool.n_slots || n_sink < 0 || n_window < 1) {
         return 1;
     }
+    std::vector<int> order(kv->info.n_layer); // layers with the same slots lie together
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return n_slots[a] < n_slots[b]; });
     first = 0;
     pool.mask_at.clear();
     size_t mask_bytes = 0;
-    for (int il = 0; il < kv->info.n_layer; ++il) {
+    for (int rank = 0; rank < kv->info.n_layer; ++rank) {
+        const int il = order[rank];
         if (pool.mask_at.emplace(n_slots[il], mask_bytes).second) {
             mask_bytes += (size_t) n_slots[il]*KVCAST_BLOCK*kv->group()*sizeof(ggml_fp16_t);
         }
         pool.layer_slots[il] = n_slots[il];
         pool.layer_first[il] = first;
+        pool.layer_rank[il]  = rank;
         first += n_slots[il]*kv->info.n_head_kv;
     }
     pool.inbox_used = pool.masks_at + mask_bytes;
@@ -382,22 +406,12 @@ int32_t kvcast_collect(kvcast_context * kv) {
         const auto & layer = *kv->layers[il];
         memcpy((char *) layer.k + pool.new_cell*info.k_row_bytes, (const char *) pool.received_at(pool.new_k) + il*info.k_row_bytes, info.k_row_bytes);
         memcpy((char *) layer.v + pool.new_cell*info.v_row_bytes, (const char *) pool.received_at(pool.new_v) + il*info.v_row_bytes, info.v_row_bytes);
-        const int n_slots = pool.layer_slots[il];
-        const float * taps = pool.received_at(pool.taps) + (size_t) pool.layer_first[il]/info.n_head_kv*info.n_head;
-        for (int h = 0; h < info.n_head_kv; ++h) {
-            const size_t row = (size_t) il*info.n_head_kv + h;
-            float * scores = &kv->scores[row*info.n_blocks];
-            const int n = kv->n_listed[row];
-            std::fill_n(scores, n, 0.0f);
-            for (int g = 0; g < kv->group(); ++g) {
-                for (int i = 0; i < n; ++i) {
-                    scores[i] += taps[(size_t) (h*kv->group() + g)*n_slots + i]/kv->group();
-                }
-            }
-        }
         if (!kv->trace_q.empty()) {
             memcpy(&kv->trace_q[(size_t) il*info.max_taps*info.n_head*info.head_dim_k], pool.query(il), pool.q->nb[1]);
         }
+    }
+    if (kv->callback) {
+        kvcast_take_taps(kv, kv->n_listed.data());
     }
     for (int il = 0; il < info.n_layer; ++il) {
         const float * scores = &kv->scores[(size_t) il*info.n_head_kv*info.n_blocks];
@@ -408,24 +422,42 @@ int32_t kvcast_collect(kvcast_context * kv) {
     return kv->abort ? 2 : 0;
 }
 
-void kvcast_score_store(kvcast_context * kv, int32_t layer, float * scores) {
+void kvcast_take_taps(kvcast_context * kv, const int32_t * n_listed) {
+    const auto & pool = *kv->pool;
+    const auto & info = kv->info;
+    const int group = kv->group();
+    for (int il = 0; il < info.n_layer; ++il) {
+        const int n_slots = pool.layer_slots[il];
+        const float * taps = pool.received_at(pool.taps) + (size_t) pool.layer_first[il]*group;
+        for (int h = 0; h < info.n_head_kv; ++h, taps += (size_t) group*n_slots) {
+            const size_t row = (size_t) il*info.n_head_kv + h;
+            float * scores = &kv->scores[row*info.n_blocks];
+            std::fill_n(scores, n_listed[row], 0.0f);
+            for (int g = 0; g < group; ++g) {
+                for (int i = 0; i < n_listed[row]; ++i) {
+                    scores[i] += taps[g*n_slots + i]/group;
+                }
+            }
+        }
+    }
+}
+
+void kvcast_score_store(kvcast_context * kv, int32_t layer, int32_t head, float * scores) {
     const auto & pool = *kv->pool;
     const auto & info = kv->info;
     const int group = kv->group(), dim = info.head_dim_k, n = pool.seen_blocks;
     std::vector<float> queries(group*dim), work(KVCAST_BLOCK*(dim + group)), sum(group*n), max(group*n);
     const std::vector<int32_t> q_pos(group, pool.seen_pos);
-    for (int h = 0; h < info.n_head_kv; ++h, scores += info.n_blocks) {
-        kvcast::pack_queries(kvcast::queries(pool.query(layer), dim), h, group, 0, 1, kv->layers[layer]->scale, queries.data());
-        kvcast::task t = kv->task_of(kvcast::keys_of(*kv, layer, h), queries.data(), q_pos.data(), group, work.data());
-        t.blocks    = kv->all_blocks.data();
-        t.n_blocks  = n;
-        t.block_sum = sum.data();
-        t.block_max = max.data();
-        kv->kernels->score(t);
-        std::fill_n(scores, info.n_blocks, 0.0f);
-        for (int g = 0; g < group; ++g) {
-            kvcast::add_shares(&sum[g*n], &max[g*n], n, 1.0f/group, scores, nullptr);
-        }
+    kvcast::pack_queries(kvcast::queries(pool.query(layer), dim), head, group, 0, 1, kv->layers[layer]->scale, queries.data());
+    kvcast::task t = kv->task_of(kvcast::keys_of(*kv, layer, head), queries.data(), q_pos.data(), group, work.data());
+    t.blocks    = kv->all_blocks.data();
+    t.n_blocks  = n;
+    t.block_sum = sum.data();
+    t.block_max = max.data();
+    kv->kernels->score(t);
+    std::fill_n(scores, info.n_blocks, 0.0f);
+    for (int g = 0; g < group; ++g) {
+        kvcast::add_shares(&sum[g*n], &max[g*n], n, 1.0f/group, scores, nullptr);
     }
 }
 

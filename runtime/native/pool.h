@@ -50,8 +50,8 @@ struct kvcast_pool {
     ggml_tensor * outbox = nullptr;
     ggml_tensor * new_k  = nullptr;        // [head_dim_k, n_head_kv*n_layer], of the cache's type
     ggml_tensor * new_v  = nullptr;
-    ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer]
-    ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, layer after layer
+    ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer], by rank
+    ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, by rank
     uint8_t * received = nullptr;          // the outbox on the host
 
     int n_slots   = 0;
@@ -66,7 +66,8 @@ struct kvcast_pool {
     int n_sink   = 0;
     int n_window = 0;
     std::vector<int> layer_slots;          // per KV head
-    std::vector<int> layer_first;
+    std::vector<int> layer_first;          // its first slot: layers by rank
+    std::vector<int> layer_rank;           // by their number of slots
     uint64_t plan = 0;                     // counts the plans: graphs hold their addresses
 
     std::vector<ggml_tensor *> attention;  // nodes of the last graph, one a layer

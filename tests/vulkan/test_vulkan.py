@@ -133,3 +133,14 @@ def test_edits_and_state(tiny, tokens):
     llm.eval([tokens[5]])
     assert llm.session.attached.verify_pool() == 0 and np.isfinite(first).all()
     llm.close()
+
+
+def test_the_device_scores_the_history(tiny, tokens):
+    found = []
+    for trace in (False, True):  # queries that are kept are scored on the CPU
+        llm = load(tiny, sparse=SparseConfig(budget=256, path="device", trace=trace))
+        llm.eval(tokens[:N_PROMPT])
+        found.append(llm.session.attached.history_scores.copy())
+        llm.close()
+    np.testing.assert_allclose(found[0].sum(-1), 1, atol=2e-3)
+    np.testing.assert_allclose(*found, atol=2e-3)
