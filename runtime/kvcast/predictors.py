@@ -11,6 +11,8 @@ import numpy.typing as npt
 import psutil
 
 from . import native, published
+from .embedded import Embedded
+from .errors import KvcastError
 from .history import DECAYS, History
 
 ALL = slice(None)
@@ -58,7 +60,7 @@ class Nothing:
 
 
 class Learned:
-    """A network of ``predictor_onnx``, by name or path.
+    """A network of ``predictor_onnx``, by name or path, or an ONNX file's content.
 
     Raises
     ------
@@ -66,11 +68,11 @@ class Learned:
         The file is missing or unusable, or ONNX Runtime is not installed.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str | bytes):
         from predictor_onnx.infer import open_predictor, resolve
 
         # a quarter of the cores: the others are the model's
-        self._network = open_predictor(resolve(name), max(1, (psutil.cpu_count(logical=False) or 1) // 4))
+        self._network = open_predictor(resolve(name) if isinstance(name, str) else name, max(1, (psutil.cpu_count(logical=False) or 1) // 4))
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
         self.by_rows = self._network.by_rows
@@ -89,10 +91,18 @@ def default() -> str:
     return "ema"
 
 
-def make(name: str, attached: native.Attached) -> Predictor:
-    """The predictor of a SparseConfig's ``predictor``; ``oracle`` ranks the true scores that the session put last."""
+def make(name: str, attached: native.Attached, embedded: Embedded | None = None) -> Predictor:
+    """The predictor of a SparseConfig's ``predictor``; ``oracle`` ranks the true scores that the session put last.
+
+    ``auto`` is the predictor that travels in the model's file where there is one that can be used.
+    """
     if name == "auto":
         name = default()
+        if embedded is not None and name != "ema":
+            try:
+                return Learned(embedded.checked())
+            except (KvcastError, ValueError) as error:  # ValueError: predictor_onnx's own, which must not be imported without need
+                warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=2)
     if name.startswith("onnx:"):
         return Learned(name.removeprefix("onnx:"))
     if name in published.BY_NAME:
