@@ -136,9 +136,7 @@ def open_predictor(path: Path | bytes, n_threads: int = 1) -> StreamPredictor | 
     try:
         session = onnxruntime.InferenceSession(str(path) if isinstance(path, Path) else path, options, providers=["CPUExecutionProvider"])
     except unusable as error:
-        raise PredictorError(
-            f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'"
-        ) from error
+        raise PredictorError(f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'") from error
     given = tuple(i.name for i in session.get_inputs())
     for kind in (StreamPredictor, PaperPredictor):
         if given == kind.inputs and OUTPUT in [o.name for o in session.get_outputs()]:

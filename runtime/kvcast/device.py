@@ -23,8 +23,8 @@ from .pool import Pool, plan_slots
 from .predictors import ALL
 from .selection import _select, list_all
 from .session import Session
+from .sizes import STAGING_SHARE
 
-STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
 N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select, beside a device that is not the CPU
 CAP = 8  # a layer's slots: at most so many times the mean

@@ -210,8 +210,7 @@ class Attached:
         error = ctypes.create_string_buffer(512)
         kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary), pool_blocks, staging_blocks), error, len(error))
         if not kv:
-            reason = error.value.decode()
-            raise SparseUnsupported(f"sparse attention is not possible here: {reason}; run it dense with sparse=None (--dense)")
+            raise SparseUnsupported(error.value.decode())
         self._kv = kv
         self._callback = attention_callback()
         self.info = info = kvcast_get_info(kv)

@@ -71,8 +71,9 @@ class Learned:
     def __init__(self, name: str | bytes):
         from predictor_onnx.infer import open_predictor, resolve
 
+        source = resolve(name) if isinstance(name, str) else name
         # a quarter of the cores: the others are the model's
-        self._network = open_predictor(resolve(name) if isinstance(name, str) else name, max(1, (psutil.cpu_count(logical=False) or 1) // 4))
+        self._network = open_predictor(source, max(1, (psutil.cpu_count(logical=False) or 1) // 4))
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
         self.by_rows = self._network.by_rows
