@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,7 +84,7 @@ def main() -> None:
             with progress("adding the predictor") as update:
                 embed(made, resolve(options.predictor), Path(folder) / "with-predictor.gguf", update)
             made = Path(folder) / "with-predictor.gguf"
-        shutil.move(made, options.out)
+        made.replace(options.out)
     print(options.out)
 
 

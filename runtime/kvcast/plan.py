@@ -116,7 +116,7 @@ class _Planner:
         if path == "dense":
             yield 0
             return
-        budget = min(max(LEAST_BUDGET[path], -(-n_ctx // SHARE // POOL_STEP) * POOL_STEP), sizes.n_cells(n_ctx))
+        budget = min(max(LEAST_BUDGET[path], n_ctx // SHARE // POOL_STEP * POOL_STEP), sizes.n_cells(n_ctx))
         yield budget
         while path == "device" and budget >= 2 * LEAST_BUDGET["host"]:
             budget = budget // 2 // POOL_STEP * POOL_STEP
