@@ -20,10 +20,8 @@ import vendor
 from kvcast.cli import progress
 from kvcast.embedded import embed
 from kvcast.errors import KvcastError
-from kvcast.native import llama_cpp
+from kvcast.native import llama_cpp, quiet
 from predictor_onnx.infer import open_predictor, resolve
-
-from llama_cpp import _logger  # isort: skip  (after kvcast's own, which say where the libraries are)
 
 NEEDED = ("torch", "transformers", "safetensors", "sentencepiece")
 PREFIX = "LLAMA_FTYPE_MOSTLY_"
@@ -53,7 +51,9 @@ def quantize(source: Path, out: Path, name: str) -> None:
     """Write ``source`` quantised."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = file_types()[name]
-    if llama_cpp.llama_model_quantize(bytes(source), bytes(out), params) != 0:
+    with quiet():
+        failed = llama_cpp.llama_model_quantize(bytes(source), bytes(out), params)
+    if failed:
         raise KvcastError(f"llama.cpp could not quantise the model to {name}; try another, as Q8_0")
 
 
@@ -70,7 +70,6 @@ def main() -> None:
         open_predictor(resolve(options.predictor))
     if not options.out.parent.is_dir():
         raise KvcastError(f"there is no folder {str(options.out.parent)!r}; make it first")
-    _logger.set_verbose(False)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
         made = Path(folder) / "16-bit.gguf"
         with notes.status("converting") as status:

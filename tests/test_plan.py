@@ -71,7 +71,7 @@ def test_speed_of_an_8b_shape_on_an_h100(eight_b):
 
 
 def test_where_things_go(eight_b):
-    fits = [plan.plan(eight_b, vram * GIB, ram * GIB, 65536) for vram, ram in ((16, 64), (5, 64), (4, 64), (0, 64))]
+    fits = [plan.plan(eight_b, int(vram * GIB), 64 * GIB, 65536) for vram in (16, 5.2, 4, 0)]
     assert [(p.path, p.weights) for p in fits] == [("device", "device"), ("host", "device"), ("host", "host"), ("host", "host")]
     assert fits[0].dense_fits and not fits[1].dense_fits
     assert fits[0].budget == 4096 and fits[0].compression == pytest.approx(14, rel=0.1)
@@ -105,8 +105,8 @@ def test_what_is_not_served_sparse_runs_dense(tmp_path):
 
 def test_the_command_line_is_one_that_chat_takes(eight_b):
     chat = typer.main.get_command(cli.app).commands["chat"]
-    for vram, kv_type in ((16, "f16"), (5, "q8_0"), (0, "q4_0")):
-        p = plan.plan(eight_b, vram * GIB, 64 * GIB, 32768, kv_type=kv_type)
+    for vram, kv_type in ((16, "f16"), (5.2, "q8_0"), (0, "q4_0")):
+        p = plan.plan(eight_b, int(vram * GIB), 64 * GIB, 32768, kv_type=kv_type)
         context = chat.make_context("chat", p.command.split()[2:])
         assert context.params["context"] == 32768 and context.params["gpu_layers"] == (-1 if p.weights == "device" else 0)
         config = SparseConfig(context.params["budget"], path=context.params["path"])
@@ -140,7 +140,7 @@ def test_wrong_input(eight_b, tmp_path):
     one_sentence(command("plan", eight_b, "--card", "Voodoo 2"), "Voodoo 2", "RTX 3060", "RX 7900 XTX")
     with pytest.raises(KvcastError, match="context of 300000 tokens is not within the model's 1 to 262144"):
         plan.plan(eight_b, 8 * GIB, 8 * GIB, 300000)
-    with pytest.raises(KvcastError, match="longest that fits is 33"):
+    with pytest.raises(KvcastError, match="longest that fits is 41216"):
         plan.plan(eight_b, 0, 10 * GIB, 262144)
     with pytest.raises(KvcastError, match="not even the shortest fits"):
         plan.plan(eight_b, 0, 1 * GIB)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ModelError
-from .native import llama_cpp
+from .native import llama_cpp, quiet
 
 _lib = llama_cpp._lib  # ggml-base's symbols are reachable through the library that depends on it
 _UINT8, _STRING, _ARRAY = 0, 8, 9
@@ -100,7 +100,8 @@ class GgufFile:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{str(path)!r} is not a GGUF file; convert the model to GGUF first")
-        self._gguf = _init(os.fsencode(path), _InitParams(True, None))
+        with quiet():
+            self._gguf = _init(os.fsencode(path), _InitParams(True, None))
         if not self._gguf:
             raise ModelError(f"the header of {str(path)!r} cannot be read; the file is damaged or incomplete, fetch it again")
         self.data_offset = _data_offset(self._gguf)

@@ -25,6 +25,8 @@ class Header:
 
     arch: str
     n_layer: int
+    n_embd: int
+    n_ff: int
     n_head: int
     n_head_kv: int
     head_dim_k: int
@@ -63,12 +65,14 @@ def header_of(gguf: GgufFile) -> Header:
         value = gguf.get(f"{arch}.{key}", default)
         return max(value, default=default) if isinstance(value, list) else value  # one for each layer
 
-    n_head = number("attention.head_count", 0)
-    head_dim = number("embedding_length", 0) // n_head if n_head else 0
+    n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
+    head_dim = n_embd // n_head if n_head else 0
     bytes_of = {t.name: t.n_bytes for t in gguf.tensors()}
     return Header(
         arch=arch,
         n_layer=number("block_count", 0),
+        n_embd=n_embd,
+        n_ff=number("feed_forward_length", 0),
         n_head=n_head,
         n_head_kv=number("attention.head_count_kv", n_head),
         head_dim_k=number("attention.key_length", head_dim),

@@ -76,7 +76,11 @@ def pool_sizes(header: Header, n_ctx: int, budget: int, kv_type: str) -> tuple[i
 
 
 def compute_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str, copies_kv: bool) -> int:
-    """Estimate of llama.cpp's compute buffer where the layers are: logits and attention mask of a batch, and, where prompts take the
-    KV cache from the host to a device, one layer of it."""
+    """Estimate of llama.cpp's compute buffer where the layers are, for a batch of ``n_ubatch`` tokens.
+
+    The larger of what its end needs, logits of all tokens, and what a layer needs: its feed-forward part, the attention mask and,
+    where prompts take the KV cache from the host to a device (``copies_kv``), the layer's K and V.
+    """
     layer = header.store_bytes(n_ctx, KV_TYPES[kv_type], KV_TYPES[kv_type]) // header.n_layer
-    return n_ubatch * (4 * header.n_vocab + 2 * n_cells(n_ctx)) + layer * copies_kv
+    end = n_ubatch * (4 * header.n_vocab + 8 * header.n_embd)
+    return max(end, n_ubatch * (8 * header.n_ff + 2 * n_cells(n_ctx)) + layer * copies_kv)
