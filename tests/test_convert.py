@@ -41,9 +41,11 @@ def checkpoint(tmp_path):
     special = [{"id": i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
                for i, c in enumerate(("<unk>", "<s>", "</s>"))]  # fmt: skip
     normal = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]}
     model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocabulary, "merges": []}
     tokenizer = {"version": "1.0", "added_tokens": special, "normalizer": {"type": "Sequence", "normalizers": normal},
-                 "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model}  # fmt: skip
+                 "pre_tokenizer": None, "post_processor": None, "decoder": decoder, "model": model}  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     about = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))

@@ -56,8 +56,7 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
 def test_device_memory_of_an_8b_shape_is_what_an_h100_used(eight_b, path, context, mib):
     """docs/device.md; 1,024 tokens of room beside the context."""
     planner = plan._Planner(read_header(eight_b), "f16", 80 * GIB, 256 * GIB)
-    budget = next(planner.budgets(path, context + 1024))
-    parts = planner.parts(path, "device", context + 1024, budget)
+    parts = planner.parts(path, "device", context + 1024)
     assert plan.total(parts, "device") / MIB == pytest.approx(mib, rel=0.03)
 
 
@@ -82,16 +81,9 @@ def test_where_things_go(eight_b):
     small = plan.plan(eight_b, 8 * GIB, 16 * GIB)  # as much as fits
     assert 0 < small.context == small.largest_context < 131072
     planner = plan._Planner(read_header(eight_b), "f16", 8 * GIB, 16 * GIB)
-    assert planner.budget_that_fits(small.path, small.weights, small.context) == small.budget
-    assert planner.budget_that_fits(small.path, small.weights, small.context + 256) is None
+    assert planner.fits(small.path, small.weights, small.context)
+    assert not planner.fits(small.path, small.weights, small.context + 256)
     assert plan.plan(eight_b, 8 * GIB, 16 * GIB, kv_type="q8_0").context > 1.5 * small.context
-
-
-def test_a_small_card_gets_a_smaller_pool(eight_b):
-    planner = plan._Planner(read_header(eight_b), "f16", 0, 0)
-    tight = plan.total(planner.parts("device", "device", 65536, 1024), "device")
-    p = plan.plan(eight_b, tight, 64 * GIB, 65536)
-    assert (p.path, p.budget) == ("device", 1024)
 
 
 def test_what_is_not_served_sparse_runs_dense(tmp_path):
@@ -116,7 +108,7 @@ def test_the_command_line_is_one_that_chat_takes(eight_b):
 def test_command(smollm2, tmp_path):
     done = command("plan", "smollm2", "--ram", "16G", "--card", "rtx 3060", "--json", tmp_path / "plan.json")
     assert done.returncode == 0, done.stderr
-    assert "tokens/s" in done.stdout and "(estimate)" in done.stdout and "kvcast chat --model smollm2" in done.stdout
+    assert "tokens/s" in done.stdout and "~" in done.stdout and "kvcast chat --model smollm2" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["vram_bytes"] == 12 * GIB and found["context"] == 8192 and found["forecast"]["tok_s"] > 0
     assert sum(p["n_bytes"] for p in found["parts"]) == found["device_bytes"] + found["host_bytes"]
@@ -149,5 +141,9 @@ def test_wrong_input(eight_b, tmp_path):
     (tmp_path / "x.gguf").write_text("not a model")
     with pytest.raises(ModelError, match="not a GGUF"):
         plan.plan(tmp_path / "x.gguf", 0, 8 * GIB)
+    with pytest.raises(ModelError, match="cannot load it"):
+        plan.plan(write_shape(tmp_path / "teapot.gguf", "teapot"), 0, 8 * GIB)
+    with pytest.raises(KvcastError, match="multiple of 32 channels"):
+        plan.plan(write_shape(tmp_path / "narrow.gguf", n_embd=192, n_ff=256), 0, 8 * GIB, kv_type="q8_0")
     with pytest.raises(ModelError, match="join them"):
         plan.plan(write_shape(tmp_path / "part.gguf", **{"n_layer": 1, "split.count": 3}), 0, 8 * GIB)

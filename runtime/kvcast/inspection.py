@@ -11,7 +11,7 @@ from .errors import KvcastError
 from .gguf_file import GgufFile
 from .header import header_of
 from .native import llama_cpp
-from .sizes import KV_TYPES
+from .sizes import KV_TYPES, divides
 from .support import why_dense
 
 
@@ -56,7 +56,9 @@ def inspect(path: Path) -> dict[str, Any]:
             "context": header.n_ctx_train,
             "rope": {"base": of_arch("rope.freq_base"), "scaling": scaling if scaling["type"] not in (None, "none") else None},
             "sliding_window": window or None,
-            "kv_bytes_per_token": {name: header.store_bytes(256, kind, kind) // 256 for name, kind in KV_TYPES.items()},
+            "kv_bytes_per_token": {
+                name: header.store_bytes(256, kind, kind) // 256 for name, kind in KV_TYPES.items() if divides(header, name)
+            },
             "chat_template": gguf.get("tokenizer.chat_template") is not None,
         }
     reason = why_dense(path)

@@ -9,7 +9,6 @@ Every term is in sizes.py and in docs/plan.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .gguf_file import GgufFile
 from .header import Header, header_of
 from .link import Forecast
 from .native import BLOCK_TOKENS
-from .support import why_dense
+from .support import CANNOT_LOAD, why_dense
 
 GIB = 1 << 30
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -111,18 +110,13 @@ class _Planner:
     vram_bytes: int
     ram_bytes: int
 
-    def budgets(self, path: str, n_ctx: int) -> Iterator[int]:
-        """Those to try, the wanted one first; only a pool takes device memory, so only its budget may shrink."""
+    def budget(self, path: str, n_ctx: int) -> int:
+        """Tokens; 0 where the path is dense."""
         if path == "dense":
-            yield 0
-            return
-        budget = min(max(LEAST_BUDGET[path], n_ctx // SHARE // POOL_STEP * POOL_STEP), sizes.n_cells(n_ctx))
-        yield budget
-        while path == "device" and budget >= 2 * LEAST_BUDGET["host"]:
-            budget = budget // 2 // POOL_STEP * POOL_STEP
-            yield budget
+            return 0
+        return min(max(LEAST_BUDGET[path], n_ctx // SHARE // POOL_STEP * POOL_STEP), sizes.n_cells(n_ctx))
 
-    def parts(self, path: str, weights: str, n_ctx: int, budget: int) -> tuple[Part, ...]:
+    def parts(self, path: str, weights: str, n_ctx: int) -> tuple[Part, ...]:
         """Everything that is allocated, for the path, where the weights are, and a context in tokens."""
         header, kind = self.header, sizes.KV_TYPES[self.kv_type]
         on_device = weights == "device"
@@ -135,7 +129,7 @@ class _Planner:
             Part("KV cache (store)", store_at, header.store_bytes(n_ctx, kind, kind)),
         ]
         if path == "device":
-            pool, staging, taps = sizes.pool_sizes(header, n_ctx, budget, self.kv_type)
+            pool, staging, taps = sizes.pool_sizes(header, n_ctx, self.budget(path, n_ctx), self.kv_type)
             found += [Part("pool", "device", pool), Part("staging", "device", staging), Part("taps", "device", taps)]
             found += [Part("staging and taps, host side", "host", staging + taps)]
         if path == "host":
@@ -150,12 +144,9 @@ class _Planner:
         ]
         return tuple(p for p in found if p.n_bytes)
 
-    def budget_that_fits(self, path: str, weights: str, n_ctx: int) -> int | None:
-        for budget in self.budgets(path, n_ctx):
-            parts = self.parts(path, weights, n_ctx, budget)
-            if total(parts, "device") <= self.vram_bytes and total(parts, "host") <= self.ram_bytes:
-                return budget
-        return None
+    def fits(self, path: str, weights: str, n_ctx: int) -> bool:
+        parts = self.parts(path, weights, n_ctx)
+        return total(parts, "device") <= self.vram_bytes and total(parts, "host") <= self.ram_bytes
 
     def largest_context(self, path: str, weights: str) -> int:
         """Tokens; 0 where nothing fits. Every part grows with the context, so halving finds it."""
@@ -163,14 +154,14 @@ class _Planner:
         low, high = 0, -(-most // 256)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.budget_that_fits(path, weights, min(256 * middle, most)) is None:
-                high = middle - 1
-            else:
+            if self.fits(path, weights, min(256 * middle, most)):
                 low = middle
+            else:
+                high = middle - 1
         return min(256 * low, most)
 
-    def compression(self, path: str, n_ctx: int, budget: int) -> float:
-        header, kind = self.header, sizes.KV_TYPES[self.kv_type]
+    def compression(self, path: str, n_ctx: int) -> float:
+        header, kind, budget = self.header, sizes.KV_TYPES[self.kv_type], self.budget(path, n_ctx)
         if path == "device":
             return n_ctx * header.store_bytes(256, kind, kind) / 256 / sum(sizes.pool_sizes(header, n_ctx, budget, self.kv_type))
         if path == "host":
@@ -212,7 +203,7 @@ def plan(
     KvcastError
         The context is longer than the model's, the KV type is none of the three, or nothing fits.
     ModelError
-        The file is not a GGUF of a model, or one part of several.
+        The file is not a GGUF of a model that llama.cpp can load, or one part of several.
     """
     if kv_type not in sizes.KV_TYPES:
         raise KvcastError(f"the KV type is {kv_type!r}; choose one of {', '.join(sizes.KV_TYPES)}")
@@ -225,7 +216,11 @@ def plan(
     if context < 0 or context > header.n_ctx_train:
         raise KvcastError(f"a context of {context} tokens is not within the model's 1 to {header.n_ctx_train}; choose a smaller one")
 
+    if not sizes.divides(header, kv_type):
+        raise KvcastError(f"a KV cache of {kv_type} needs heads of a multiple of 32 channels, and the model's are not; use --kv-type f16")
     reason = why_dense(model)
+    if reason == CANNOT_LOAD:
+        raise ModelError(f"{str(model)!r} is of no use here: {reason}; take another file")
     planner = _Planner(header, kv_type, vram_bytes, ram_bytes)
     ways = [("dense", "device"), ("dense", "host")] if reason else [("device", "device"), ("host", "device"), ("host", "host")]
     ways = [way for way in ways if vram_bytes or way[1] == "host"]
@@ -240,10 +235,8 @@ def plan(
         )
     path, weights = way
     n_ctx = min(wanted, largest[way])
-    budget = planner.budget_that_fits(path, weights, n_ctx)
-    assert budget is not None
-    parts = planner.parts(path, weights, n_ctx, budget)
-    dense_fits = vram_bytes > 0 and planner.budget_that_fits("dense", "device", n_ctx) is not None
+    budget, parts = planner.budget(path, n_ctx), planner.parts(path, weights, n_ctx)
+    dense_fits = vram_bytes > 0 and planner.fits("dense", "device", n_ctx)
     forecast = None
     if card is not None and path == "device":
         forecast = cards.sparse_forecast(card, header, n_ctx, budget, kv_type, DEFAULT.sink + DEFAULT.window)
@@ -261,7 +254,7 @@ def plan(
         vram_bytes=vram_bytes,
         ram_bytes=ram_bytes,
         largest_context=largest[way],
-        compression=planner.compression(path, n_ctx, budget),
+        compression=planner.compression(path, n_ctx),
         dense_fits=dense_fits,
         forecast=forecast,
         dense_tok_s=cards.dense_tok_s(card, header, n_ctx, kv_type) if card and dense_fits else None,

@@ -29,6 +29,11 @@ def _n_rows(header: Header) -> int:
     return header.n_layer * header.n_head_kv
 
 
+def divides(header: Header, kv_type: str) -> bool:
+    """Whether heads are whole blocks of the type, 32 values for the quantised ones: llama.cpp takes no others."""
+    return kv_type == "f16" or not (header.head_dim_k % 32 or header.head_dim_v % 32)
+
+
 def summary_bytes(header: Header, n_ctx: int) -> int:
     """Summary of the keys, host path: a quarter of the channels as 8-bit codes, block means of all, weights and estimates."""
     dim, n_blocks = header.head_dim_k, n_cells(n_ctx) // BLOCK_TOKENS

@@ -7,9 +7,11 @@ import os
 from .errors import SparseUnsupported
 from .native import Attached, llama_cpp, quiet
 
+CANNOT_LOAD = "llama.cpp cannot load it as a text model"
+
 
 def why_dense(path: str | os.PathLike[str]) -> str:
-    """Why a model runs dense only; "" when it is served sparse. Reads the header; tensors are made without data."""
+    """Why a model runs dense only, ``CANNOT_LOAD`` included; "" when it is served sparse. Tensors are made without data."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers, params.no_alloc, params.load_mode = 0, True, llama_cpp.LLAMA_LOAD_MODE_NONE
     settings = llama_cpp.llama_context_default_params()
@@ -22,7 +24,7 @@ def why_dense(path: str | os.PathLike[str]) -> str:
             model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
             ctx = model and llama_cpp.llama_init_from_model(model, settings)
             if not ctx:
-                return "llama.cpp cannot load it as a text model"
+                return CANNOT_LOAD
             Attached(ctx, 1).close()
             return ""
         except SparseUnsupported as error:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .plan import GIB, Plan
+if TYPE_CHECKING:
+    from .plan import Plan
 
+GIB = 1 << 30
 console = Console(emoji=False)
 
 Model = Annotated[str, typer.Argument(help="A name from `kvcast models` or a path to a .gguf file.")]
@@ -49,14 +51,14 @@ def _show_plan(p: Plan, card: str | None) -> None:
     for column in ("", "device", "host"):
         table.add_column(column, justify="right" if column else "left")
     for part in p.parts:
-        size = f"{part.n_bytes / GIB:.3f}{' (estimate)' if part.estimate else ''}"
+        size = f"{'~' if part.estimate else ''}{part.n_bytes / GIB:.3f}"
         table.add_row(part.what, *((size, "") if part.where == "device" else ("", size)))
-    table.add_row("all, GiB", f"{p.device_bytes / GIB:.3f}" if p.vram_bytes else "", f"{p.host_bytes / GIB:.3f}")
+    table.add_row("all, GiB (~: estimated)", f"{p.device_bytes / GIB:.3f}" if p.vram_bytes else "", f"{p.host_bytes / GIB:.3f}")
     table.add_row("of", f"{p.vram_bytes / GIB:.3f}" if p.vram_bytes else "", f"{p.ram_bytes / GIB:.3f}")
     console.print(f"[bold]{p.model}[/bold], context {p.context:,}, KV cache {p.kv_type}", highlight=False)
     lines = {
         "device": f"weights and a pool of {p.budget:,} tokens on the device; the KV cache in host memory",
-        "host": f"weights on the {p.weights}; KV cache and attention to {p.budget:,} tokens on the host",
+        "host": f"weights on the {p.weights}; attention to {p.budget:,} tokens on the CPU, beside the KV cache",
         "dense": f"dense: weights and KV cache on the {p.weights}",
     }
     console.print(lines[p.path], highlight=False)
@@ -78,7 +80,8 @@ def _show_plan(p: Plan, card: str | None) -> None:
         console.print("no forecast: attention runs on the CPU; measure it with `kvcast bench`", highlight=False)
     if p.dense_fits and p.path != "dense":
         speed = f", expected {p.dense_tok_s:.0f} tokens/s" if p.dense_tok_s else ""
-        console.print(f"the whole KV cache would fit the device too: dense llama.cpp (--dense){speed}", highlight=False)
+        faster = ": the faster way at this context" if p.forecast and p.dense_tok_s and p.dense_tok_s > p.forecast.tok_s else ""
+        console.print(f"the whole KV cache would fit the device too (--dense){speed}{faster}", highlight=False)
     elif p.dense_tok_s:
         console.print(f"expected on {card}: {p.dense_tok_s:.0f} tokens/s", highlight=False)
     console.print(f"\n{p.command}", highlight=False, markup=False, soft_wrap=True)
@@ -94,11 +97,15 @@ def inspect(model: Model, json_file: JsonFile = None) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for key, value in found.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {v:,}" if isinstance(v, int) and not isinstance(v, bool) else f"{k} {v}" for k, v in value.items())
-        elif isinstance(value, bool):
-            value = "yes" if value else "no"
-        table.add_row(key.replace("_", " "), "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value))
+            value = ", ".join(f"{k} {_said(v)}" for k, v in value.items())
+        table.add_row(key.replace("_", " "), _said(value))
     console.print(table)
+
+
+def _said(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def embed_predictor(
