@@ -170,6 +170,9 @@ def test_refusals_leave_nothing_behind(smollm2, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="has no embedded predictor"):
         extract(smollm2, tmp_path / "x.onnx")
 
+    with pytest.raises(KvcastError, match=r"ends in .onnx"):
+        extract(smollm2, tmp_path / "x.json")
+
     def fail(done, n_bytes):
         raise OSError("the disk failed")
 

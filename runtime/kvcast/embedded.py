@@ -111,8 +111,10 @@ def extract(source: Path, out: Path) -> None:
     ModelError
         It is not a GGUF, has none, or one that is damaged.
     KvcastError
-        ``out`` cannot be written.
+        ``out`` does not end in .onnx, or cannot be written.
     """
+    if out.suffix != ".onnx":
+        raise KvcastError(f"{str(out)!r} is no name for a network; give one that ends in .onnx, the card goes beside it as .json")
     with GgufFile(source) as gguf:
         found = embedded_in(gguf)
     if found is None:
