@@ -55,7 +55,7 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
 )
 def test_device_memory_of_an_8b_shape_is_what_an_h100_used(eight_b, path, context, mib):
     """docs/device.md; 1,024 tokens of room beside the context."""
-    planner = plan._Planner(read_header(eight_b), "f16", 80 * GIB, 256 * GIB)
+    planner = plan.Planner(read_header(eight_b), "f16", 80 * GIB, 256 * GIB)
     parts = planner.parts(path, "device", context + 1024)
     assert plan.total(parts, "device") / MIB == pytest.approx(mib, rel=0.03)
 
@@ -80,7 +80,7 @@ def test_where_things_go(eight_b):
         assert p.device_bytes == plan.total(p.parts, "device") and p.host_bytes == plan.total(p.parts, "host")
     small = plan.plan(eight_b, 8 * GIB, 16 * GIB)  # as much as fits
     assert 0 < small.context == small.largest_context < 131072
-    planner = plan._Planner(read_header(eight_b), "f16", 8 * GIB, 16 * GIB)
+    planner = plan.Planner(read_header(eight_b), "f16", 8 * GIB, 16 * GIB)
     assert planner.fits(small.path, small.weights, small.context)
     assert not planner.fits(small.path, small.weights, small.context + 256)
     assert plan.plan(eight_b, 8 * GIB, 16 * GIB, kv_type="q8_0").context > 1.5 * small.context
@@ -103,6 +103,12 @@ def test_the_command_line_is_one_that_chat_takes(eight_b):
         assert context.params["context"] == 32768 and context.params["gpu_layers"] == (-1 if p.weights == "device" else 0)
         config = SparseConfig(context.params["budget"], path=context.params["path"])
         assert config.budget == p.budget
+
+
+def test_chat_takes_the_type_of_the_kv_cache(smollm2):
+    done = command("chat", "--context", "512", "--kv-type", "q8_0")
+    assert done.returncode == 0, done.stderr
+    one_sentence(command("chat", "--kv-type", "f8"), "'f8'", "q8_0")
 
 
 def test_command(smollm2, tmp_path):

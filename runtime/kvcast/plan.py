@@ -104,7 +104,9 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planner:
+class Planner:
+    """The sums for one model and one machine; ``path`` and ``weights`` everywhere as in ``Plan``."""
+
     header: Header
     kv_type: str
     vram_bytes: int
@@ -221,7 +223,7 @@ def plan(
     reason = why_dense(model)
     if reason == CANNOT_LOAD:
         raise ModelError(f"{str(model)!r} is of no use here: {reason}; take another file")
-    planner = _Planner(header, kv_type, vram_bytes, ram_bytes)
+    planner = Planner(header, kv_type, vram_bytes, ram_bytes)
     ways = [("dense", "device"), ("dense", "host")] if reason else [("device", "device"), ("host", "device"), ("host", "host")]
     ways = [way for way in ways if vram_bytes or way[1] == "host"]
     largest = {way: planner.largest_context(*way) for way in ways}
