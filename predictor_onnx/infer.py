@@ -112,13 +112,13 @@ def check(probe: Floats, shape: tuple[int, int], name: str) -> None:
         raise PredictorError(f"predictor {name!r} yields values that are not numbers; its weights are damaged, export it again")
 
 
-def open_predictor(path: Path, n_threads: int = 1, *, cuda: bool = False) -> StreamPredictor | PaperPredictor:
+def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False) -> StreamPredictor | PaperPredictor:
     """Load a network; its inputs say which kind it is.
 
     Parameters
     ----------
-    path : Path
-        An ONNX file with float32 inputs as in ``StreamPredictor`` or ``PaperPredictor``.
+    path : Path or bytes
+        An ONNX file, or its content, with float32 inputs as in ``StreamPredictor`` or ``PaperPredictor``.
     n_threads : int
         Of ONNX Runtime; 1 leaves the other cores to the model.
     cuda : bool
@@ -135,7 +135,8 @@ def open_predictor(path: Path, n_threads: int = 1, *, cuda: bool = False) -> Str
         raise PredictorError(
             "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA (kvcast[cpu] or kvcast[cuda])"
         ) from None
-    if not path.is_file():
+    name = path.name if isinstance(path, Path) else "embedded"
+    if isinstance(path, Path) and not path.is_file():
         raise PredictorError(f"there is no predictor {str(path)!r}; those that come with kvcast: {', '.join(shipped())}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
@@ -149,24 +150,22 @@ def open_predictor(path: Path, n_threads: int = 1, *, cuda: bool = False) -> Str
         onnxruntime.preload_dlls()
         providers.insert(0, CUDA)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path) if isinstance(path, Path) else path, options, providers=providers)
     except unusable as error:
-        raise PredictorError(
-            f"predictor {path.name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'"
-        ) from error
+        raise PredictorError(f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'") from error
     if cuda and session.get_providers()[0] != CUDA:
         warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; kvcast[cuda] brings it", stacklevel=2)
     given = tuple(i.name for i in session.get_inputs())
     for kind in (StreamPredictor, PaperPredictor):
         if given == kind.inputs and OUTPUT in [o.name for o in session.get_outputs()]:
             try:
-                return kind(session, path.name)
+                return kind(session, name)
             except unusable as error:
                 raise PredictorError(
-                    f"predictor {path.name!r} cannot be run ({reason(error)}); export it again or use predictor='ema'"
+                    f"predictor {name!r} cannot be run ({reason(error)}); export it again or use predictor='ema'"
                 ) from error
     wanted = " or ".join(str(kind.inputs) for kind in (StreamPredictor, PaperPredictor))
-    raise PredictorError(f"predictor {path.name!r} takes {given}; kvcast gives {wanted}; export it again or use predictor='ema'")
+    raise PredictorError(f"predictor {name!r} takes {given}; kvcast gives {wanted}; export it again or use predictor='ema'")
 
 
 def reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ prefetch, with the plain average as predictor, with the network on the GPU (onnx
 
 A model of the right shape with random weights is enough for speed, but its attention knows no jumps. So what moves between two
 sets of the device path is replayed from real models: the share of the critical blocks that was new at each selection
-(scripts/churn.json), applied to every KV head with blocks drawn at random. The predictor, the selection and calibration run as
+(kvcast/data/churn.json), applied to every KV head with blocks drawn at random. The predictor, the selection and calibration run as
 they are; only which blocks they name is replaced. To record it anew from a model that is real:
 
     python scripts/gpu_table.py MODEL.gguf --record text.txt --contexts 7680 --budget 512
@@ -29,11 +29,12 @@ import numba
 import numpy as np
 import psutil
 
+import kvcast
 from kvcast import Llama, SparseConfig
 from kvcast.link import measure_link
 from kvcast.session import StepTimes
 
-CHURN = Path(__file__).with_name("churn.json")
+CHURN = Path(kvcast.__file__).parent / "data" / "churn.json"
 
 
 def gpu_memory_mib() -> int:

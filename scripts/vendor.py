@@ -26,6 +26,7 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 REQUIREMENT = "llama_cpp_python==0.3.36"
 PREFIX = "llama_cpp_python-0.3.36/vendor/llama.cpp/"
 KEEP = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "ggml", "common", "vendor")
+CONVERTER = ("LICENSE", "convert_hf_to_gguf.py", "conversion", "gguf-py")
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "vendor" / "llama.cpp"
@@ -83,8 +84,8 @@ def fetch() -> Path:
     return path
 
 
-def extract(target: Path) -> None:
-    """Unpack the parts of llama.cpp that libllama needs."""
+def extract(target: Path, keep: tuple[str, ...] = KEEP) -> None:
+    """Unpack parts of llama.cpp: those that libllama needs."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     with tarfile.open(fetch()) as archive:
@@ -92,7 +93,7 @@ def extract(target: Path) -> None:
             if not member.isfile() or not member.name.startswith(PREFIX):
                 continue
             name = member.name[len(PREFIX) :]
-            if name.split("/")[0] not in KEEP or ".." in name:
+            if name.split("/")[0] not in keep or ".." in name:
                 continue
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +102,16 @@ def extract(target: Path) -> None:
             with source, path.open("wb") as out:
                 shutil.copyfileobj(source, out)
             path.chmod(member.mode & 0o777)
+
+
+def converter() -> Path:
+    """llama.cpp's converter of Hugging Face checkpoints, unpacked when it is not there."""
+    target = ROOT / "vendor" / "converter"
+    mark = target / ".stamp"
+    if not mark.exists() or mark.read_text() != SHA256:
+        extract(target, CONVERTER)
+        mark.write_text(SHA256)
+    return target / "convert_hf_to_gguf.py"
 
 
 def touched(patch: Path) -> list[str]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from predictor_onnx.cli import app as predictor_app
 
-from . import models
+from . import models, tools
 from .config import SparseConfig
 from .errors import GenerationError, KvcastError
 from .eval.cli import app as eval_app
@@ -29,6 +29,10 @@ from llama_cpp import _logger  # isort: skip  (after .config, which says where t
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 app.add_typer(predictor_app, name="predictor")
 app.add_typer(eval_app, name="eval")
+app.command()(tools.plan)
+app.command()(tools.inspect)
+app.command()(tools.embed_predictor)
+app.command()(tools.extract_predictor)
 console = Console(emoji=False)
 notes = Console(stderr=True, emoji=False)
 
@@ -140,6 +144,8 @@ def chat(
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
+    gpu_layers: Annotated[int, typer.Option(help="Layers of weights on a GPU, -1 for all.")] = 0,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 or q4_0.")] = "f16",
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
     cache: Annotated[bool, typer.Option(help="Keep processed documents on disk, to open them again at once; see `kvcast cache`.")] = True,
@@ -148,11 +154,16 @@ def chat(
     from .cache import DocumentCache
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
+    from .sizes import KV_TYPES
 
     config = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
     config = None if dense else config
     document = "\n\n".join(read_text(path) for path in file or [])
-    more = {"n_threads": threads} if threads else {}
+    if kv_type not in KV_TYPES:
+        raise ValueError(f"the KV type is {kv_type!r}; choose one of {', '.join(KV_TYPES)}")
+    more = {"n_gpu_layers": gpu_layers, "type_k": KV_TYPES[kv_type], "type_v": KV_TYPES[kv_type]}
+    if threads:
+        more["n_threads"] = threads
     if dense:
         more.update(flash_attn=True, n_threads=threads or _all_cores())
     with contextlib.closing(Llama(fetched(model), n_ctx=context, sparse=config, verbose=False, **more)) as llm:

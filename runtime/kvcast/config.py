@@ -24,7 +24,8 @@ class SparseConfig:
     compression : float or None
         Instead of ``budget``: the budget is context / compression, renewed at each selection.
     predictor : str
-        ``auto`` (``onnx:stream`` where ONNX Runtime is installed, else ``ema``), ``ema`` (average of past block scores),
+        ``auto`` (the network in the model's file, else ``onnx:stream``; ``ema`` without ONNX Runtime), ``ema`` (average of past
+        block scores),
         ``last`` (scores of the last step), ``window`` (sink and window only),
         ``onnx:NAME`` (a network of predictor_onnx, or a path to one). For evaluation: ``oracle`` and ``quest`` (run each step twice,
         to see its true scores or its query), ``streaming``, ``h2o``, ``snapkv`` (published methods, simulated; ``kvcast eval``).

@@ -25,8 +25,8 @@ from .pool import Pool, plan_slots
 from .predictors import ALL
 from .selection import _select, list_all
 from .session import Session
+from .sizes import STAGING_SHARE
 
-STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
 N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU; llama.cpp has the other cores
 PART_MIN = 1 << 15  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other

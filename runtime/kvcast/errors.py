@@ -6,7 +6,11 @@ class KvcastError(Exception):
 
 
 class SparseUnsupported(KvcastError):
-    """The model or the context cannot run sparse attention; it runs with ``sparse=None``."""
+    """The model or the context cannot run sparse attention, for ``reason``; it runs with ``sparse=None``."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"sparse attention is not possible here: {reason}; run it dense with sparse=None (--dense)")
+        self.reason = reason
 
 
 class ModelError(KvcastError):

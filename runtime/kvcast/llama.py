@@ -88,7 +88,7 @@ class Llama(llama_cpp.Llama):
         if sparse is not None:
             try:
                 kind = DeviceSession if sparse.device else Session
-                self._session = kind(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()))
+                self._session = kind(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()), header.embedded)
                 if self._session.attached.info.pinned_bytes < 0:
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
             except BaseException:

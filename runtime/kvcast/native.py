@@ -5,9 +5,11 @@ Arrays are NumPy views of native memory: nothing is copied, and they are valid u
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from .library import LIBRARY_DIR, use_own_libraries
 use_own_libraries()
 
 import llama_cpp.llama_cpp as llama_cpp  # noqa: E402
+from llama_cpp import _logger  # noqa: E402
 
 from .errors import SparseUnsupported  # noqa: E402
 
@@ -32,6 +35,18 @@ def _load_plugins() -> None:
 
 
 _load_plugins()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """llama.cpp's messages are not shown: where what fails is said in a sentence of ours."""
+    level = _logger.logger.level
+    _logger.logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        _logger.logger.setLevel(level)
+
 
 BLOCK_TOKENS = 16
 
@@ -214,8 +229,7 @@ class Attached:
         error = ctypes.create_string_buffer(512)
         kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary), pool_blocks, staging_blocks), error, len(error))
         if not kv:
-            reason = error.value.decode()
-            raise SparseUnsupported(f"sparse attention is not possible here: {reason}; run it dense with sparse=None (--dense)")
+            raise SparseUnsupported(error.value.decode())
         self._kv = kv
         self._callback = attention_callback()
         self.info = info = kvcast_get_info(kv)

@@ -12,6 +12,8 @@ import psutil
 
 from . import native, published
 from .config import SparseConfig
+from .embedded import Embedded
+from .errors import KvcastError
 from .history import DECAYS, History
 
 ALL = slice(None)
@@ -62,7 +64,7 @@ class Nothing:
 
 
 class Learned:
-    """A network of ``predictor_onnx``, by name or path.
+    """A network of ``predictor_onnx``, by name or path, or an ONNX file's content.
 
     Raises
     ------
@@ -70,10 +72,10 @@ class Learned:
         The file is missing or unusable, or ONNX Runtime is not installed.
     """
 
-    def __init__(self, name: str, n_threads: int, cuda: bool):
+    def __init__(self, name: str | bytes, n_threads: int, cuda: bool):
         from predictor_onnx.infer import open_predictor, resolve
 
-        self._network = open_predictor(resolve(name), n_threads, cuda=cuda)
+        self._network = open_predictor(resolve(name) if isinstance(name, str) else name, n_threads, cuda=cuda)
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
         self.by_rows = self._network.by_rows
@@ -93,16 +95,25 @@ def default() -> str:
     return "ema"
 
 
-def make(config: SparseConfig, attached: native.Attached) -> Predictor:
-    """The predictor of a SparseConfig; ``oracle`` ranks the true scores that the session put last."""
+def make(config: SparseConfig, attached: native.Attached, embedded: Embedded | None = None) -> Predictor:
+    """The predictor of a SparseConfig; ``oracle`` ranks the true scores that the session put last.
+
+    ``auto`` is the predictor that travels in the model's file where there is one that can be used.
+    """
     name = config.predictor
+    # a quarter of the cores: the others are the model's; where several threads ask, beside a GPU, one for each of them
+    shared = attached.pool_info.device not in (None, b"CPU")
+    n_threads = 1 if shared else max(1, (psutil.cpu_count(logical=False) or 1) // 4)
+    cuda = config.predictor_on == "cuda"
     if name == "auto":
         name = default()
+        if embedded is not None and name != "ema":
+            try:
+                return Learned(embedded.checked(), n_threads, cuda)
+            except (KvcastError, ValueError) as error:  # ValueError: predictor_onnx's own, which must not be imported without need
+                warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=2)
     if name.startswith("onnx:"):
-        # a quarter of the cores: the others are the model's; where several threads ask, beside a GPU, one for each of them
-        shared = attached.pool_info.device not in (None, b"CPU")
-        n_threads = 1 if shared else max(1, (psutil.cpu_count(logical=False) or 1) // 4)
-        return Learned(name.removeprefix("onnx:"), n_threads, config.predictor_on == "cuda")
+        return Learned(name.removeprefix("onnx:"), n_threads, cuda)
     if name in published.BY_NAME:
         return published.BY_NAME[name](attached)
     return {"ema": Average(0.9), "last": Average(0.0), "oracle": Average(0.0), "window": Nothing()}[name]

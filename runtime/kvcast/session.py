@@ -17,6 +17,7 @@ import numpy as np
 
 from . import native, predictors
 from .config import SparseConfig
+from .embedded import Embedded
 from .history import History
 from .selection import append_block, list_all, select, select_free
 
@@ -96,6 +97,8 @@ class Session:
         Tokens of one dense batch of a prompt.
     n_bytes_per_tap : int
         Bytes of scores of one history token; bounds the history batch.
+    embedded : Embedded or None
+        The predictor that travels in the model's file.
 
     Raises
     ------
@@ -107,6 +110,7 @@ class Session:
     config: SparseConfig
     n_batch: int
     n_bytes_per_tap: int = 0
+    embedded: Embedded | None = None
     times: StepTimes = field(default_factory=StepTimes)
 
     def __post_init__(self) -> None:
@@ -130,7 +134,7 @@ class Session:
         self.n_free = self.attached.n_free.reshape(self.n_rows)
         self.shares = self.attached.shares.reshape(self.n_rows)
         self.history = History(info.n_layer, info.n_head_kv, info.n_blocks)
-        self._use(predictors.make(self.config, self.attached))
+        self._use(predictors.make(self.config, self.attached, self.embedded))
         self.frozen = False  # keep the lists, take no scores (the ceiling in benchmarks)
         self.n_tokens = 0  # in the store, as far as the session knows
         self._age: int | None = None  # steps since the last selection; None: select before the next step
@@ -183,7 +187,7 @@ class Session:
         """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
         if config.summary and self.weights is None:
             raise ValueError(f"calibrate={config.calibrate!r} needs a summary of the keys; load the model with it")
-        self._use(predictors.make(config, self.attached))
+        self._use(predictors.make(config, self.attached, self.embedded))
         self.config = config
         self.frozen = frozen
         self.times = StepTimes()

@@ -1,0 +1,54 @@
+"""GGUF files that are all header: any shape, tensors of the right size without data (a sparse file), no vocabulary."""
+
+import os
+
+import gguf
+import numpy as np
+
+
+def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=1024, n_ctx=4096, **numbers):
+    """``numbers``: further integer keys, of the family unless they hold a point. Matrices are Q4_0, norms f32; llama's and gemma3's."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(n_layer)
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(n_vocab)
+    writer.add_file_type(2)
+    writer.add_tokenizer_model("no_vocab")
+    for key, value in numbers.items():
+        writer.add_uint32(key if "." in key else f"{arch}.{key.replace('__', '.')}", value)
+    n_bytes = 0
+
+    def add(name, *shape):
+        nonlocal n_bytes
+        quantised = len(shape) == 2
+        size = int(np.prod(shape)) * 18 // 32 if quantised else 4 * shape[0]
+        kind = gguf.GGMLQuantizationType.Q4_0 if quantised else gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, kind)
+        n_bytes += -(-size // 32) * 32
+
+    dim = n_embd // n_head
+    add("token_embd.weight", n_vocab, n_embd)
+    add("output_norm.weight", n_embd)
+    if arch == "llama":
+        add("output.weight", n_vocab, n_embd)
+    for i in range(n_layer):
+        for norm in ("attn_norm", "ffn_norm", *(("post_attention_norm", "post_ffw_norm") if arch == "gemma3" else ())):
+            add(f"blk.{i}.{norm}.weight", n_embd)
+        for norm in ("attn_q_norm", "attn_k_norm") if arch == "gemma3" else ():
+            add(f"blk.{i}.{norm}.weight", dim)
+        for name, rows, columns in (
+            ("attn_q", n_embd, n_embd), ("attn_k", n_head_kv * dim, n_embd), ("attn_v", n_head_kv * dim, n_embd),
+            ("attn_output", n_embd, n_embd), ("ffn_gate", n_ff, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff),
+        ):  # fmt: skip
+            add(f"blk.{i}.{name}.weight", rows, columns)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, -(-os.path.getsize(path) // 32) * 32 + n_bytes)
+    return path
