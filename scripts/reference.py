@@ -47,7 +47,9 @@ def api() -> str:
 
 
 def is_public(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node) is not None
+    if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or ast.get_docstring(node) is None:
+        return False
+    return not any(isinstance(d, ast.Call) for d in node.decorator_list)  # a validator, called by the base class
 
 
 def described(node: ast.stmt, owner: str) -> str:

@@ -27,7 +27,7 @@ def use_own_libraries() -> None:
     if not any(LIBRARY_DIR.glob("*llama.*")):
         raise KvcastError(f"kvcast's libraries are missing in {LIBRARY_DIR}; reinstall with `pip install --force-reinstall kvcast`")
     loaded = sys.modules.get("llama_cpp.llama_cpp")
-    if loaded is not None and Path(loaded._base_path).resolve() != LIBRARY_DIR:
+    if loaded is not None and Path(loaded._base_path).resolve() != LIBRARY_DIR.resolve():
         raise KvcastError("llama_cpp was imported before kvcast and loaded another libllama; import kvcast first")
     name_own_libraries()
     if os.environ.get("MTMD_CPP_LIB"):
