@@ -149,8 +149,8 @@ def chat(
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
 
-    config = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
-    config = None if dense else config
+    sparse = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
+    config = None if dense else sparse
     document = "\n\n".join(read_text(path) for path in file or [])
     more = {"n_threads": threads} if threads else {}
     if dense:
@@ -233,8 +233,10 @@ def bench(
         _sweep(file, next(iter(texts.values())), config, context, steps, rounds, threads or _all_cores(), json_file)
         return
     with notes.status("bench") as status:
-        more = dict(n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, also=also)
-        report = run(file, texts, context, config, **more, say=status.update)
+        report = run(
+            file, texts, context, config,
+            n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, also=also, say=status.update,
+        )  # fmt: skip
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     show(report)
