@@ -18,8 +18,8 @@ from kvcast import Llama, SparseConfig, models
 from kvcast.cli import DEFAULT_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYER, HEAD = 12, 1  # one that attends far back
-N_CONTEXT, N_STEPS = 4096, 24
+LAYER, HEAD = 8, 0  # one that attends far back
+N_CONTEXT, N_STEPS = 4096, 32  # the last block is full
 KEPT, CHOSEN, LEFT = "#4c78a8", "#e45756", "#c8c8c8"
 
 
