@@ -37,7 +37,7 @@ def host(path: Path) -> None:
         n_group = attached.info.n_head // attached.info.n_head_kv
         tokens_seen = llm.attention_row(LAYER)[HEAD * n_group : (HEAD + 1) * n_group, : 16 * n_blocks].mean(0)
         truth = tokens_seen.reshape(n_blocks, 16).sum(1)
-        forecast = session.predictor.predict(session.history, n_blocks)[row, :n_blocks]
+        forecast = session.weights[row, :n_blocks] ** 2  # what the step was given: the roots
         estimate = attached.estimates[LAYER, HEAD, :n_blocks].copy()
         attended = np.isin(np.arange(n_blocks), session.attended[row, : session.n_attended[row]])
         begin, end = session.free_range
@@ -45,11 +45,11 @@ def host(path: Path) -> None:
     colours = np.where(attended, np.where(free, CHOSEN, KEPT), LEFT)
     fig, axes = plt.subplots(3, 1, figsize=(10, 6), sharex=True, layout="constrained")
     titles = (
-        "1. forecast: what the predictor makes of the history (renewed every 32 steps)",
-        "2. estimate: this step's own query against the summary of the keys",
+        "1. forecast: what the predictor made of the history, up to 32 steps before",
+        "2. estimate, relative: this step's own query against the summary of the keys",
         f"3. attention of this step over the whole store: {truth[attended].sum():.0%} of it on the {attended.sum()} blocks attended to",
     )
-    for axis, values, title in zip(axes, (forecast, np.where(free, estimate, np.nan), truth), titles):
+    for axis, values, title in zip(axes, (np.where(free, forecast, np.nan), np.where(free, estimate, np.nan), truth), titles):
         axis.bar(np.arange(n_blocks), np.nan_to_num(values), 1.0, color=colours)
         axis.set_yscale("log")
         top = np.nanmax(values)
