@@ -24,10 +24,10 @@ def tool(smollm2, tmp_path):
     script = "import sys, llm.cli; from llm.plugins import pm; import kvcast.llm_plugin as plugin; "
     script += "pm.is_registered(plugin) or pm.register(plugin); llm.cli.cli()"
 
-    def run(*arguments, **environment):
+    def run(*arguments, said="", **environment):
         env = {**os.environ, "LLM_USER_PATH": str(tmp_path / "llm"), "LLM_LOAD_PLUGINS": "", "KVCAST_GGUF": "", **environment}
         return subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, input="", env=env, timeout=120
+            [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, input=said, env=env, timeout=120
         )
 
     return run
@@ -53,9 +53,13 @@ def test_llm_answers_about_a_file_and_goes_on(tool, tmp_path):
     assert again.returncode == 0 and again.stdout.strip(), again.stderr
     whole = tool("logs", "-c", "--json").stdout
     assert "whose name" in whole and "Ada" in whole
-    for wrong, said in ((["-o", "budget", "80"], "budget is 80"), (["-o", "max_tokens", "0"], "max_tokens")):
-        done = tool("-m", "kvcast/smollm2", *wrong, "-o", "context", "1024", "Why?")
-        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    wrong = ["-m", "kvcast/smollm2", "-f", tmp_path / "note.txt", "-o", "context", "256", "Why?"]
+    for done, words in (
+        (tool(*wrong), "use a larger -o context"),
+        (tool(*wrong, "-o", "max_tokens", "0"), "max_tokens"),
+        (tool("chat", "-m", "kvcast/smollm2", "-o", "budget", "80", said="Why?\n"), "budget is 80"),
+    ):
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_llm_keeps_the_model_and_the_conversation(smollm2):

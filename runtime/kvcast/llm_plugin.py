@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import llm
 from llm.parts import TextPart
 from pydantic import Field
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 VARIABLE = "KVCAST_GGUF"
+
+
+class PluginError(click.ClickException, llm.ModelError):
+    """One sentence and exit code 1 in every command of llm; ``llm chat`` prints a traceback for its own ``ModelError``."""
 
 
 def files() -> dict[str, Path]:
@@ -68,7 +73,8 @@ class Kvcast(llm.Model):
                 if piece := chunk["choices"][0]["delta"].get("content"):
                     yield piece
         except (KvcastError, ValueError) as error:
-            raise llm.ModelError(str(error)) from error
+            what_to_do = "; use a larger -o context or a shorter text" if "context window" in str(error) else ""
+            raise PluginError(f"{error}{what_to_do}") from error
 
     def _load(self, budget: int | None, context: int) -> Llama:
         if self._loaded is not None and self._loaded[:2] == (budget, context):
