@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan soak lint bench patches reference clean
+.PHONY: demo test test-vulkan soak lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -34,6 +34,11 @@ soak: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# docs/cli.md and docs/api.md, from the code
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/reference.py
 
 bench: $(VENV)/.installed
 	$(BIN)/kvcast bench --model smollm2 --context 7680 --text runtime/kvcast/data/prose.txt --text tests/data/code.txt --text tests/data/log.txt \
@@ -58,8 +63,8 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet cmake ninja
 	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
-	$(BIN)/python -m pip install --verbose ".[cpu,test]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/[0-9]+\] (Linking|Generating)|Successfully)|[Ee]rror:" || true
-	$(BIN)/python -c "import kvcast"
+	$(BIN)/python -m pip install --verbose ".[cpu,test,integrations]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/[0-9]+\] (Linking|Generating)|Successfully)|[Ee]rror:" || true
+	$(BIN)/python -c "from kvcast import Llama"
 	touch $@
 
 clean:

@@ -77,7 +77,7 @@ class PaperPredictor:
         check(self.run(np.full((9, 2, 33), 0.01, np.float32), 9), (2, 33), name)
         self._inner = None
 
-    def predict(self, history: History, n_blocks: int) -> Floats:
+    def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> Floats:
         if history.epoch != self._epoch:
             self._inner, self._epoch = None, history.epoch
         n = min(-(-n_blocks // self.width) * self.width, history.averages.shape[2])

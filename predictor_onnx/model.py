@@ -61,4 +61,4 @@ class Paper(nn.Module):
         return self.conv2(x.mean(2))[:, 0] / self.SCALE
 
 
-ARCHITECTURES = {"stream": Stream, "paper": Paper}
+ARCHITECTURES: dict[str, type[Stream] | type[Paper]] = {"stream": Stream, "paper": Paper}

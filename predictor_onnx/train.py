@@ -45,7 +45,7 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, n_iterations)
     for i in range(n_iterations):
-        sample = data[rng.integers(len(data))]
+        sample = data[int(rng.integers(len(data)))]
         if isinstance(model, Stream):
             averages, target = torch.from_numpy(sample.averages), torch.from_numpy(sample.target)
             correction = model.correction(averages)

@@ -152,7 +152,7 @@ def test_what_cannot_be_sparse_says_why_and_runs_dense(smollm2):
 def test_llama_cpp_imported_first_with_other_libraries(tmp_path):
     script = (
         "import sys, types; m = types.ModuleType('llama_cpp.llama_cpp'); m._base_path = '/elsewhere'; "
-        "sys.modules['llama_cpp.llama_cpp'] = m; import kvcast"
+        "sys.modules['llama_cpp.llama_cpp'] = m; from kvcast import Llama"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "import kvcast first" in done.stderr

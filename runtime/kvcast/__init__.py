@@ -4,10 +4,30 @@
 >>> llm = Llama("model.gguf", n_ctx=8192, sparse=SparseConfig(budget=512))  # doctest: +SKIP
 """
 
-from .config import SparseConfig
+from typing import TYPE_CHECKING, Any
+
 from .errors import CallbackError, GenerationError, KvcastError, ModelError, SparseUnsupported
-from .llama import Llama
+from .library import name_own_libraries
+
+if TYPE_CHECKING:
+    from .config import SparseConfig
+    from .llama import Llama
 
 __version__ = "0.1.0"
 
 __all__ = ["CallbackError", "GenerationError", "KvcastError", "Llama", "ModelError", "SparseConfig", "SparseUnsupported"]
+
+name_own_libraries()
+
+
+def __getattr__(name: str) -> Any:
+    """Llama and SparseConfig load the libraries, so they are imported when they are first asked for: plugins stay cheap to list."""
+    if name == "Llama":
+        from .llama import Llama
+
+        return Llama
+    if name == "SparseConfig":
+        from .config import SparseConfig
+
+        return SparseConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

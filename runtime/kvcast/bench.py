@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from .config import SparseConfig
+from .device import DeviceSession
 from .errors import ModelError
 from .eval.recovery import Recovery, measure
 from .link import measure_link, simulate
@@ -74,7 +75,7 @@ def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str,
     Compression: to the KV of a dense cache of ``n_context``. ``fill_bytes`` are those of the step that fills the pool, once a prompt.
     """
     info, pool = session.attached.info, session.attached.pool_info
-    if not pool.device:
+    if not isinstance(session, DeviceSession):
         return {}
     held = pool.pool_bytes + pool.staging_bytes + pool.tap_bytes
     return {
@@ -90,7 +91,7 @@ def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str,
 
 def simulated_report(session: Session, times: StepTimes, step_s: float) -> dict[str, Any]:
     """What the link simulator makes of the moves of the last round, beside what was measured; empty for the host path."""
-    if not session.config.device:
+    if not isinstance(session, DeviceSession):
         return {}
     link = measure_link(session)
     n_selections = max(1, sum(n > 0 for n in times.moves))

@@ -119,7 +119,7 @@ class Conversation:
         begin = time.perf_counter()
         try:
             for chunk in llm.create_chat_completion(self.messages, stream=True, **kwargs):  # type: ignore[arg-type]
-                piece = chunk["choices"][0]["delta"].get("content")  # type: ignore[index,union-attr]
+                piece: Any = chunk["choices"][0]["delta"].get("content")  # type: ignore[index,union-attr]
                 if piece:
                     first = first or time.perf_counter()
                     n_tokens += 1

@@ -156,8 +156,8 @@ def chat(
     from .llama import Llama
     from .sizes import KV_TYPES
 
-    config = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
-    config = None if dense else config
+    sparse = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
+    config = None if dense else sparse
     document = "\n\n".join(read_text(path) for path in file or [])
     if kv_type not in KV_TYPES:
         raise ValueError(f"the KV type is {kv_type!r}; choose one of {', '.join(KV_TYPES)}")
@@ -244,8 +244,10 @@ def bench(
         _sweep(file, next(iter(texts.values())), config, context, steps, rounds, threads or _all_cores(), json_file)
         return
     with notes.status("bench") as status:
-        more = dict(n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, also=also)
-        report = run(file, texts, context, config, **more, say=status.update)
+        report = run(
+            file, texts, context, config,
+            n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, also=also, say=status.update,
+        )  # fmt: skip
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     show(report)

@@ -285,6 +285,7 @@ class Llama(llama_cpp.Llama):
         def call(layer: int, block: int) -> None:
             try:
                 if native_fn is None:
+                    assert not isinstance(fn, int)
                     fn(layer, block, *attached.rows_of(layer, block * native.BLOCK_TOKENS, (block + 1) * native.BLOCK_TOKENS))
                     return
                 k, v = (rows[block * native.BLOCK_TOKENS :].ctypes.data for rows in attached.rows(layer))

@@ -32,6 +32,7 @@ def attended(masks: Sequence[np.ndarray], n_layer: int, path: Path, title: str) 
         image = ax.imshow(shares[:, layer, :n_used].T, aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0, vmax=1)
         ax.set_title(f"layer {layer}", fontsize=8, pad=2)
         ax.tick_params(labelsize=7)
+    assert image is not None
     figure.supxlabel("generated token", fontsize=9)
     figure.supylabel("block of 16 tokens (0 = start of the document)", fontsize=9)
     figure.suptitle(title, fontsize=11)

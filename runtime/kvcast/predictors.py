@@ -59,7 +59,7 @@ class Nothing:
     by_rows = False  # nothing to save
     on_gpu = False
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+    def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
         return np.full((len(history.averages), n_blocks), -1.0, np.float32)
 
 
@@ -116,4 +116,6 @@ def make(config: SparseConfig, attached: native.Attached, embedded: Embedded | N
         return Learned(name.removeprefix("onnx:"), n_threads, cuda)
     if name in published.BY_NAME:
         return published.BY_NAME[name](attached)
-    return {"ema": Average(0.9), "last": Average(0.0), "oracle": Average(0.0), "window": Nothing()}[name]
+    if name == "window":
+        return Nothing()
+    return Average({"ema": 0.9, "last": 0.0, "oracle": 0.0}[name])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 
 from . import native
 from .history import History
+
+if TYPE_CHECKING:
+    from .predictors import Predictor
 
 PROMPT_STEPS = 64  # of a prompt's last tokens: what the methods that judge a prompt see of it here
 
@@ -35,7 +41,7 @@ class Quest:
         self._n_done = 0
         self._epoch = -1
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+    def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         info = self._attached.info
         if history.epoch != self._epoch:
             self._n_done, self._epoch = 0, history.epoch
@@ -66,7 +72,7 @@ class Recent:
     def __init__(self, attached: native.Attached):
         self._n_rows = attached.info.n_layer * attached.info.n_head_kv
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+    def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         return np.tile(np.arange(1, n_blocks + 1, dtype=np.float32), (self._n_rows, 1))
 
 
@@ -90,7 +96,7 @@ class HeavyHitters:
         self._n_seen = 0
         self._epoch = -1
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+    def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         if history.epoch != self._epoch:
             self._epoch = history.epoch
             self._sums[:] = history.last_rows(PROMPT_STEPS).sum(0)
@@ -98,8 +104,8 @@ class HeavyHitters:
         else:
             self._sums += history.averages[:, 0]
             kept = np.zeros_like(self._gone)
-            rows, columns = np.nonzero(np.arange(self._table.shape[1]) < self._n_listed[:, None])
-            kept[rows, self._table[rows, columns]] = True
+            which, columns = np.nonzero(np.arange(self._table.shape[1]) < self._n_listed[:, None])
+            kept[which, self._table[which, columns]] = True
             self._gone[:, : self._n_seen] |= ~kept[:, : self._n_seen]
         self._n_seen = n_blocks
         return np.where(self._gone, np.float32(-1), self._sums)
@@ -116,7 +122,7 @@ class PromptOnly:
         self._scores = np.zeros((attached.info.n_layer * attached.info.n_head_kv, attached.info.n_blocks), np.float32)
         self._epoch = -1
 
-    def predict(self, history: History, n_blocks: int) -> npt.NDArray[np.float32]:
+    def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         if history.epoch != self._epoch:
             self._epoch = history.epoch
             self._scores[:] = history.last_rows(PROMPT_STEPS).mean(0)
@@ -124,4 +130,9 @@ class PromptOnly:
         return self._scores
 
 
-BY_NAME = {"quest": Quest, "streaming": Recent, "h2o": HeavyHitters, "snapkv": PromptOnly}
+BY_NAME: dict[str, Callable[[native.Attached], Predictor]] = {
+    "quest": Quest,
+    "streaming": Recent,
+    "h2o": HeavyHitters,
+    "snapkv": PromptOnly,
+}

@@ -72,9 +72,10 @@ class Set:
     weights: np.ndarray | None
     free_range: tuple[int, int] = (0, 0)
 
-    @property
-    def arrays(self) -> tuple[np.ndarray | None, ...]:
-        return self.blocks, self.n_listed, self.n_free, self.shares, self.weights
+    def map(self, make: Callable[[np.ndarray], np.ndarray]) -> Set:
+        """One made of these arrays."""
+        weights = None if self.weights is None else make(self.weights)
+        return Set(make(self.blocks), make(self.n_listed), make(self.n_free), make(self.shares), weights)
 
     def copy(self, other: Set) -> None:
         """Take over what ``other`` holds."""
@@ -172,7 +173,7 @@ class Session:
         """On a few rows of what this predictor yields: kernels are compiled for the layout of its array."""
         n, few = self.blocks.shape[1], slice(0, 2)
         scores = self.predictor.predict(self.history, n)[few]
-        some = Set(*(None if x is None else x[few] for x in self._set.arrays))
+        some = self._set.map(lambda x: x[few])
         for summary in (False, self.config.summary):
             self._fill(some, scores, n, min(3, n), 1, 1, summary)
         self.n_listed[few] = self.n_free[few] = 0
@@ -419,7 +420,7 @@ class Session:
         """Start selecting the next step's set while this one is computed, from the scores up to the step before."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-select")
-            self._next = Set(*(None if x is None else np.empty_like(x) for x in self._set.arrays))
+            self._next = self._set.map(np.empty_like)
         assert self._next is not None
         n_used = (self.n_tokens + 1) // native.BLOCK_TOKENS + 1
         self._pending = self._worker.submit(self._select, n_used, self._next)
@@ -455,6 +456,7 @@ class Session:
     def _fill(self, into: Set, scores: np.ndarray, n_used: int, n_budget: int, n_sink: int, n_window: int, summary: bool) -> None:
         budgets = self.config.budgets
         if summary:
+            assert into.weights is not None
             into.free_range = select_free(
                 scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_free, into.weights, budgets
             )

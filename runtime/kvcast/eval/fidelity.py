@@ -72,9 +72,11 @@ def fidelity(
         llm.reset()
         llm.eval(tokens[:n_context])
         configs = [s.config for s in selectors if s.config is not None]
-        found = measure(
-            llm, tokens[: n_context + n_steps + 1], n_context, configs, outputs=True, say=lambda k, done=done: say(done + k + 2, total)
-        )
+
+        def measured(k: int, done: int = done) -> None:
+            say(done + k + 2, total)
+
+        found = measure(llm, tokens[: n_context + n_steps + 1], n_context, configs, outputs=True, say=measured)
         for selector, result in zip(selectors, found, strict=True):
             r = asdict(result)
             rows.append(
