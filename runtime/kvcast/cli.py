@@ -193,10 +193,10 @@ def chat(
 @app.command()
 def serve(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="A name from `kvcast models` or a path to a .gguf file. [default: smollm2]")] = None,
+    model: Annotated[str | None, typer.Argument(help="A name from `kvcast models` or a path to a .gguf file. Default: smollm2.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in a JSON or YAML file, instead of MODEL and its options.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]", show_default=False)] = None,
-    port: Annotated[int | None, typer.Option(help="[default: 8000]", show_default=False)] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: 8000.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="KVCAST_API_KEY", help="Clients must send it.")] = None,
     n_ctx: Annotated[
         int, typer.Option("--context", help="Tokens the context holds; 0: what the model was trained for, at most 32768.")

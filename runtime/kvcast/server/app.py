@@ -160,5 +160,6 @@ def _add_page(app: FastAPI) -> None:
     def add(path: str, file: str) -> None:
         app.add_api_route(path, lambda: FileResponse(PAGE / file, headers=PAGE_HEADERS), include_in_schema=False)
 
-    for path, file in (("/", "index.html"), ("/app.js", "app.js"), ("/map.js", "map.js"), ("/style.css", "style.css")):
-        add(path, file)
+    add("/", "index.html")
+    for file in PAGE.iterdir():
+        add(f"/{file.name}", file.name)
