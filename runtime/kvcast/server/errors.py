@@ -34,10 +34,7 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        places = [str(part) for part in first["loc"] if part != "body"]
-        param = places[0] if places else None
-        status, message = 400, f"{'.'.join(places) or 'the body'}: {first['msg']}"
+        status, (param, message) = 400, _malformed(error)
     elif found := _TOO_LONG.search(str(error)):
         status, param, code = 400, "messages", "context_length_exceeded"
         message = (
@@ -50,6 +47,17 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, message = 500, f"the server failed: {type(error).__name__}: {error}"
     kind = REQUEST if status < 500 else SERVER
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
+    """Parameter and sentence. Of a message, what is wrong by the type that its role names."""
+    errors = error.errors()
+    of_other_roles = {e["loc"][:4] for e in errors if e["loc"][-1] == "role"}
+    fitting = [e for e in errors if e["loc"][:4] not in of_other_roles]
+    first = (fitting or errors)[0]
+    places = [str(part) for part in first["loc"] if part != "body" and not str(part).startswith("ChatCompletionRequest")]
+    reason = first["msg"] if fitting else "it must be system, user, assistant, tool or function"
+    return (places[0] if places else None), f"{'.'.join(places) or 'the body'}: {reason}"
 
 
 def as_client_error(error: Exception) -> Exception:
