@@ -1,5 +1,6 @@
 """The page in a real browser: a person chats, stops, attaches a text, reads the map."""
 
+import re
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from kvcast.server.settings import ModelSettings
 from served import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+expect = sync_api.expect
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)")
 ARGUMENTS = [
@@ -45,7 +47,8 @@ def page(served, browser):
     page.set_default_timeout(20_000)
     requests, problems = [], []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: message.type == "error" and "401" not in message.text and problems.append(message.text))
+    own = "Failed to load resource"  # Chromium's note on a status that the page speaks of itself
+    page.on("console", lambda message: message.type == "error" and own not in message.text and problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(served.url)
     page.get_by_label("This server wants an API key").fill("secret")
@@ -92,10 +95,10 @@ def test_a_person_chats(page):
 
 def test_an_answer_can_be_stopped(page, served):
     ask(page, "Write a very long story about a ship, with all details.")
-    page.wait_for_function("document.querySelector('article.assistant .body').textContent.length > 40")
+    expect(page.locator(ANSWER)).to_contain_text(re.compile(".{40}", re.DOTALL))
     page.get_by_role("button", name="Stop").click()
-    page.get_by_text("stopped", exact=False).last.wait_for()
-    page.wait_for_function("document.getElementById('status').textContent === ''")
+    expect(page.locator(".tools")).to_contain_text("stopped")
+    expect(page.get_by_role("status")).to_have_text("")
     assert served.desk.proxy.current.live.snapshot()["state"] == "idle"
     assert page.evaluate("document.activeElement.id") == "question"
 
@@ -127,21 +130,18 @@ def test_a_text_is_attached_and_the_map_is_read(page, code, tmp_path):
     text = page.locator("#block pre").inner_text()
     assert text.strip() and text.strip()[:20] in code
     block.click(position={"x": 200, "y": 40})
-    page.get_by_role("heading", name="Block 3,").wait_for(state="detached")
+    expect(page.locator("#block h2")).not_to_contain_text("Block 3,")
 
 
 def test_what_goes_wrong_is_said(page, served, code, tmp_path):
     (tmp_path / "long.txt").write_text(code)
     page.locator("#file").set_input_files(tmp_path / "long.txt")
-    assert "the context holds 2,048" in page.get_by_label("Attached files").inner_text()
+    expect(page.get_by_label("Attached files")).to_contain_text("the context holds 2,048")
     ask(page, "What?")
     page.get_by_role("alert").get_by_text("shorten them").wait_for()
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.get_by_role("button", name="Ask again").click()
     page.get_by_role("alert").get_by_text("The server does not answer").wait_for()
-    problems = "net::ERR_FAILED", "400"  # what Chromium itself notes about such requests
-    page.evaluate("console.clear()")
-    assert problems
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

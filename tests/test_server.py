@@ -108,7 +108,8 @@ def test_wrong_key(served):
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [({"messages": []}, "empty"), ({"messages": "hello"}, "messages"), ({"messages": [{"role": "user"}]}, "content"),
-     ({"messages": [{"role": "wizard", "content": "x"}]}, "role: it must be"), ({"temperature": "hot"}, "temperature"), ({"top_p": 7}, "top_p"),
+     ({"messages": [{"role": "wizard", "content": "x"}]}, "role: it must be"),
+         ({"temperature": "hot"}, "temperature"), ({"top_p": 7}, "top_p"),
      ({"response_format": {"type": "xml"}}, "response_format"), ({"grammar": "root ::= ("}, "grammar"),
      ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": []}, "f"),
      ({"logprobs": True, "top_logprobs": 3}, "logprobs")],

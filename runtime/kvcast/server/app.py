@@ -24,10 +24,10 @@ from .. import __version__
 from .desk import Answer, Desk
 from .errors import ApiError, add_handlers, error_body
 from .guard import Guard
+from .served import ServedLlama
 from .settings import ServerSettings
 
-import llama_cpp  # isort: skip
-from llama_cpp.server import app as upstream  # isort: skip
+from llama_cpp.server import app as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest  # isort: skip
 
 PAGE = Path(__file__).parent / "page"
@@ -92,7 +92,7 @@ def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
     async def chat(request: Request, body: CreateChatCompletionRequest) -> Response:
         if not body.messages:
             raise ApiError(400, "messages is empty; send at least one", param="messages")
-        return await respond(desk.answer(request, body, llama_cpp.Llama.create_chat_completion, IGNORED), body.stream)
+        return await respond(desk.answer(request, body, ServedLlama.create_chat_completion, IGNORED), body.stream)
 
     @app.post("/v1/completions", **allowed)
     async def complete(request: Request, body: CreateCompletionRequest) -> Response:
@@ -100,7 +100,7 @@ def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
             if len(body.prompt) != 1:
                 raise ApiError(400, f"prompt is a list of {len(body.prompt)}; send one prompt a request", param="prompt")
             body.prompt = body.prompt[0]
-        return await respond(desk.answer(request, body, llama_cpp.Llama.create_completion, IGNORED), body.stream)
+        return await respond(desk.answer(request, body, ServedLlama.create_completion, IGNORED), body.stream)
 
     @app.get("/v1/models", **allowed)
     async def list_models() -> dict[str, Any]:

@@ -82,7 +82,8 @@ function showLog() {
   const { messages } = current;
   $("log").replaceChildren(...messages.map((message, i) => {
     const node = messageNode(message);
-    if (message.role === "assistant") tools(node, message, i === messages.length - 1);
+    const last = i === messages.length - 1;
+    if (message.role === "assistant" && !(running && last)) tools(node, message, last);
     return node;
   }));
   if (!messages.length) {
@@ -107,13 +108,13 @@ async function answer() {
   const message = { role: "assistant", content: "" };
   const sent = prompt(conversation.messages);
   conversation.messages.push(message);
+  running = new AbortController();
   fail("");
   showLog();
   const node = $("log").lastElementChild;
   const body = node.querySelector(".body");
   body.textContent = "…";
   $("log").setAttribute("aria-busy", "true"); // read aloud when it is complete
-  running = new AbortController();
   busy(true);
   const begin = performance.now();
   let first = 0, n = 0, drawing = 0, end = "";
@@ -241,7 +242,10 @@ async function follow() {
     try {
       await models();
       for await (const snapshot of watch(looking.signal)) {
-        nCtx = snapshot.n_ctx ?? nCtx;
+        if (snapshot.n_ctx && snapshot.n_ctx !== nCtx) {
+          nCtx = snapshot.n_ctx;
+          showFiles();
+        }
         $("status").textContent = { idle: "", reading: "reading", answering: "answering", loading: "loading the model" }[snapshot.state];
         map.show(snapshot);
       }
