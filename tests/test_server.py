@@ -123,6 +123,31 @@ def test_malformed_requests(client, capfd, wrong, word, streamed):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_odd_requests_do_no_harm(served, client, capfd):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Name one animal."}]}]
+    assert ask(client, parts) == ask(client, SHORT)
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    for call, word in (
+        (lambda: ask(client, picture), "text models only"),
+        (lambda: ask(client, SHORT, n=3), "n is 3"),
+        (lambda: ask(client, SHORT, logit_bias={"99999999": 1}), "99999999"),
+        (lambda: ask(client, SHORT, logit_bias={"x": 1}), "'x'"),
+        (lambda: client.embeddings.create(model="sparse", input="x"), "no embeddings"),
+        (lambda: client.completions.create(model="sparse", prompt=["a", "b"]), "one prompt"),
+    ):
+        with pytest.raises(BadRequestError, match=word):
+            call()
+    assert ask(client, SHORT) and capfd.readouterr().err == ""
+
+
+def test_a_new_request_may_stop_the_old(served, client, monkeypatch):
+    monkeypatch.setattr(served.desk, "_interrupt", True)
+    with stream(client, SHORT, max_tokens=1900, extra_body={"logit_bias": {"2": -100, "0": -100}}) as chunks:
+        next(iter(chunks))
+        assert ask(client, SHORT)
+        assert len(list(chunks)) < 500
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_too_long(client, code, streamed):
     with pytest.raises(BadRequestError, match="the context holds 2,048") as caught:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .served import ServedLlama
 from .settings import ServerSettings
 
 from llama_cpp.server import app as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
-from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest  # isort: skip
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest  # isort: skip
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -38,7 +38,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-THEIRS = ("/v1/embeddings", "/extras/tokenize", "/extras/tokenize/count", "/extras/detokenize")
+THEIRS = ("/extras/tokenize", "/extras/tokenize/count", "/extras/detokenize")
 IGNORED = {"n", "best_of", "logit_bias_type", "user", "min_tokens"}
 LOOK_S, BEAT_S = 0.25, 5.0  # how often the stream looks for news; longest silence
 EVENTS = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
@@ -82,17 +82,22 @@ def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
 
 
 def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
-    async def respond(answer: Answer, stream: bool) -> Response:
+    async def respond(request: Request, body: Any, call: Callable[..., Any]) -> Response:
+        if body.n not in (None, 1):
+            raise ApiError(400, f"n is {body.n}; a request has one answer", param="n")
+        answer = desk.answer(request, body, call, IGNORED)
         first = await answer.first()
         if first is None:
             raise ApiError(503, "the answer was stopped before its first token; ask again", code="stopped")
-        return StreamingResponse(_events(answer, first), **EVENTS) if stream else JSONResponse(first)
+        return StreamingResponse(_events(answer, first), **EVENTS) if body.stream else JSONResponse(first)
 
     @app.post("/v1/chat/completions", **allowed)
     async def chat(request: Request, body: CreateChatCompletionRequest) -> Response:
         if not body.messages:
             raise ApiError(400, "messages is empty; send at least one", param="messages")
-        return await respond(desk.answer(request, body, ServedLlama.create_chat_completion, IGNORED), body.stream)
+        for message in body.messages:
+            _only_text(message)
+        return await respond(request, body, ServedLlama.create_chat_completion)
 
     @app.post("/v1/completions", **allowed)
     async def complete(request: Request, body: CreateCompletionRequest) -> Response:
@@ -100,12 +105,31 @@ def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
             if len(body.prompt) != 1:
                 raise ApiError(400, f"prompt is a list of {len(body.prompt)}; send one prompt a request", param="prompt")
             body.prompt = body.prompt[0]
-        return await respond(desk.answer(request, body, ServedLlama.create_completion, IGNORED), body.stream)
+        return await respond(request, body, ServedLlama.create_completion)
+
+    @app.post("/v1/embeddings", **allowed)
+    async def embed(body: CreateEmbeddingRequest) -> dict[str, Any]:
+        async with desk.model() as proxy:
+            llm = await run_in_threadpool(proxy, body.model)
+            if not llm.context_params.embeddings:
+                raise ApiError(400, "this model has no embeddings; configure one with embedding true and sparse null", param="model")
+            return await run_in_threadpool(llm.create_embedding, body.input)
 
     @app.get("/v1/models", **allowed)
     async def list_models() -> dict[str, Any]:
         found = [{"id": name, "object": "model", "created": 0, "owned_by": "kvcast"} for name in desk.proxy]
         return {"object": "list", "data": found}
+
+
+def _only_text(message: Any) -> None:
+    """A content in parts becomes their text."""
+    parts = message.get("content")
+    if parts is None or isinstance(parts, str):
+        return
+    parts = list(parts)
+    if any(part["type"] != "text" for part in parts):
+        raise ApiError(400, "kvcast runs text models only; send messages of text", param="messages")
+    message["content"] = "\n".join(part["text"] for part in parts)
 
 
 async def _events(answer: Answer, first: Any) -> AsyncIterator[str]:

@@ -26,12 +26,12 @@ DECADES = 5  # of attention that the map shows: 0 is a hundred-thousandth of it 
 
 
 @numba.njit(nogil=True, cache=True)
-def _mark(blocks, n, step, seen, entered):
-    """seen[row, block] = step for the blocks of each row's list; entered: since which step without a break."""
+def _mark(blocks, n, step, hold, seen, entered):
+    """seen[row, block] = step for the blocks of each row's list; entered = step for those that were in none of the ``hold`` before."""
     for row in range(blocks.shape[0]):
         for i in range(n[row]):
             b = blocks[row, i]
-            if seen[row, b] != step - 1:
+            if seen[row, b] < step - hold:
                 entered[row, b] = step
             seen[row, b] = step
 
@@ -78,7 +78,7 @@ class Live:
             self._seen = np.zeros((session.n_rows, session.blocks.shape[1]), np.int32)
             self._entered = np.zeros_like(self._seen)
             self._step = 0
-            _mark(session.blocks[:0], session.n_listed[:0], 1, self._seen[:0], self._entered[:0])  # compile or load it now
+            _mark(session.blocks[:0], session.n_listed[:0], 1, 1, self._seen[:0], self._entered[:0])  # compile or load it now
             session.on_attended = self._attended
             session.on_progress = self.read
 
@@ -90,7 +90,7 @@ class Live:
         if self._llm.sparse is not None:
             self._times = self._llm.session.times = StepTimes()
             self._step = 0
-            self._seen[:] = self._entered[:] = -1
+            self._seen[:] = self._entered[:] = -(1 << 30)
         self.version += 1
 
     def end(self) -> None:
@@ -116,7 +116,7 @@ class Live:
     def _attended(self, position: int) -> None:
         session = self._llm.session
         self._step += 1
-        _mark(session.attended, session.n_attended, self._step, self._seen, self._entered)
+        _mark(session.attended, session.n_attended, self._step, session.config.steps_held, self._seen, self._entered)
 
     # ---- called by anybody
 

@@ -71,8 +71,10 @@ class ServedLlama(Llama):
         Raises
         ------
         ValueError
-            The grammar is wrong.
+            The grammar or a token of ``logit_bias`` is wrong.
         """
+        if wrong := [token for token in kwargs.get("logit_bias") or {} if not 0 <= int(token) < self.n_vocab()]:
+            raise ValueError(f"logit_bias names the token {wrong[0]}; the model has 0 to {self.n_vocab() - 1}")
         if (grammar := kwargs.get("grammar")) is not None:
             self._check_grammar(grammar)
         if isinstance(prompt, list) and self._turn is not None and self._turn.messages and len(prompt) < self.n_ctx():

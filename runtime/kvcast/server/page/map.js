@@ -60,13 +60,13 @@ function figures() {
   const pairs = [
     ["Speed", kv.tok_s ? `${kv.tok_s.toFixed(1)} tok/s` : "–"],
     ["Context", `${number(kv.n_tokens)} of ${number(kv.n_ctx)}`],
-    ["Memory of the KV cache", bytes(kv.store_bytes) + (kv.pool_bytes ? ` + ${bytes(kv.pool_bytes)} pool` : "")],
+    ["KV cache", bytes(kv.store_bytes) + (kv.pool_bytes ? ` + ${bytes(kv.pool_bytes)} pool` : "")],
   ];
   if (kv.path !== "dense") {
     pairs.push(
       ["Attended to", `${number(Math.min(kv.budget, kv.n_tokens))} tokens`],
       ["Compression", kv.compression ? `${kv.compression.toFixed(1)}×` : "–"],
-      ["Recovery, estimated", kv.recovery ? `${(100 * kv.recovery).toFixed(0)} %` : "–"],
+      ["Recovery (est.)", kv.recovery ? `${(100 * kv.recovery).toFixed(0)} %` : "–"],
     );
   }
   $("figures").replaceChildren(...pairs.map(([name, value]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));

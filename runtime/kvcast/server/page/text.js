@@ -6,10 +6,13 @@ export function element(name, properties = {}, ...children) {
   return node;
 }
 
+/** Text with `code` in it. */
+const words = (text) => text.split(/`([^`\n]+)`/).map((part, i) => (i % 2 ? element("code", { textContent: part }) : part));
+
 /** Paragraphs and code blocks (``` to ```). */
 export function render(text) {
   return text.split(/^```/m).map((part, i) => {
-    if (i % 2 === 0) return element("p", { textContent: part.trim() });
+    if (i % 2 === 0) return element("p", {}, ...words(part.trim()));
     const end = part.indexOf("\n");
     const code = end < 0 ? "" : part.slice(end + 1).trimEnd();
     return element("div", { className: "code" }, copyButton(() => code), element("pre", { tabIndex: 0 }, element("code", { textContent: code })));
