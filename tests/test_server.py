@@ -36,10 +36,10 @@ def documents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(smollm2, documents):
-    shared = dict(model=str(smollm2), n_ctx=2048, n_threads=2, n_threads_batch=2, n_batch=256)
+    shared = dict(model=str(smollm2), n_ctx=2048, n_threads=2, n_threads_batch=2)
     models = [
-        ModelSettings(**shared, model_alias="sparse", sparse=SparseConfig(budget=256)),
-        ModelSettings(**shared, model_alias="dense", sparse=None),
+        ModelSettings(**shared, model_alias="sparse", sparse=SparseConfig(budget=256), n_batch=2048),  # a prompt is one batch
+        ModelSettings(**shared, model_alias="dense", sparse=None, n_batch=128),
     ]
     with serve(models, documents, api_key="secret") as it:
         yield it
@@ -201,8 +201,7 @@ def test_a_client_that_goes_away_stops_the_reading(served, client, code, capfd, 
     messages = [{"role": "user", "content": code[200:6200] + model}]
     with pytest.raises(APITimeoutError):
         ask(served.client(timeout=0.8), messages, model=model)
-    kv = idle(served)
-    assert 0 <= kv["n_tokens"] < kv["progress"]["n_tokens"]
+    assert idle(served, 1.0)["n_tokens"] < 1000
     assert ask(client, SHORT, model=model)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -211,11 +210,12 @@ def test_stopping_one_leaves_the_next_alone(served, client):
     expected = ask(client, SHORT, max_tokens=24)
     answers = []
     first = stream(client, SHORT, max_tokens=1500, extra_body={"logit_bias": {"2": -100, "0": -100}})
-    next(iter(first))
+    next(first)
     waiting = threading.Thread(target=lambda: answers.append(ask(client, SHORT, max_tokens=24)))
     waiting.start()
     with pytest.raises(APITimeoutError):  # it goes away while it waits
         ask(served.client(timeout=0.3), SHORT)
+    assert all(next(first).choices for _ in range(120))  # more than had come before
     first.close()
     waiting.join(20)
     assert answers == [expected]
