@@ -77,6 +77,7 @@ def test_conversations_one_after_the_other(served, client, code):
     assert [m.id for m in client.models.list()] == ["sparse", "dense"]
     whole = ask(client, SHORT)
     assert whole
+    assert client.chat.completions.create(model="gpt-x", messages=SHORT, max_tokens=1).model == "sparse"
     pieces = [chunk.choices[0] for chunk in stream(client, SHORT)]
     assert "".join(c.delta.content or "" for c in pieces) == whole
     assert pieces[-1].finish_reason in ("length", "stop")
@@ -134,6 +135,11 @@ def test_odd_requests_do_no_harm(served, client, capfd):
         (lambda: ask(client, SHORT, logit_bias={"x": 1}), "'x'"),
         (lambda: client.embeddings.create(model="sparse", input="x"), "no embeddings"),
         (lambda: client.completions.create(model="sparse", prompt=["a", "b"]), "one prompt"),
+        (lambda: client.completions.create(model="sparse", prompt=""), "prompt is empty"),
+        (
+            lambda: client.with_options(base_url=served.url).post("/extras/detokenize", body={"tokens": [99999999]}, cast_to=object),
+            "no token",
+        ),
     ):
         with pytest.raises(BadRequestError, match=word):
             call()

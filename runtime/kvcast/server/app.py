@@ -28,7 +28,13 @@ from .served import ServedLlama
 from .settings import ServerSettings
 
 from llama_cpp.server import app as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
-from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest  # isort: skip
+from llama_cpp.server.types import (  # isort: skip
+    CreateChatCompletionRequest,
+    CreateCompletionRequest,
+    CreateEmbeddingRequest,
+    DetokenizeInputRequest,
+    DetokenizeInputResponse,
+)
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -38,7 +44,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-THEIRS = ("/extras/tokenize", "/extras/tokenize/count", "/extras/detokenize")
+THEIRS = ("/extras/tokenize", "/extras/tokenize/count")
 IGNORED = {"n", "best_of", "logit_bias_type", "user", "min_tokens"}
 LOOK_S, BEAT_S = 0.25, 5.0  # how often the stream looks for news; longest silence
 EVENTS = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
@@ -105,6 +111,8 @@ def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
             if len(body.prompt) != 1:
                 raise ApiError(400, f"prompt is a list of {len(body.prompt)}; send one prompt a request", param="prompt")
             body.prompt = body.prompt[0]
+        if not body.prompt:
+            raise ApiError(400, "prompt is empty; send some text", param="prompt")
         return await respond(request, body, ServedLlama.create_completion)
 
     @app.post("/v1/embeddings", **allowed)
@@ -114,6 +122,14 @@ def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
             if not llm.context_params.embeddings:
                 raise ApiError(400, "this model has no embeddings; configure one with embedding true and sparse null", param="model")
             return await run_in_threadpool(llm.create_embedding, body.input)
+
+    @app.post("/extras/detokenize", **allowed)
+    async def detokenize(body: DetokenizeInputRequest) -> DetokenizeInputResponse:
+        async with desk.model() as proxy:
+            llm = await run_in_threadpool(proxy, body.model)
+            if wrong := [token for token in body.tokens if not 0 <= token < llm.n_vocab()]:  # llama.cpp would end the process
+                raise ApiError(400, f"there is no token {wrong[0]}; the model has 0 to {llm.n_vocab() - 1}", param="tokens")
+            return DetokenizeInputResponse(text=llm.detokenize(body.tokens).decode("utf-8", errors="replace"))
 
     @app.get("/v1/models", **allowed)
     async def list_models() -> dict[str, Any]:

@@ -125,6 +125,7 @@ class Desk:
         try:
             more: dict[str, Any] = {}
             llm: ServedLlama = prepare_request_resources(body, self.proxy, body.model, more)
+            more["model"] = llm.name
             with llm.turn(answer):
                 result = call(llm, more)
                 for item in result if isinstance(result, Iterator) else [result]:

@@ -42,8 +42,6 @@ class Live:
     Parameters
     ----------
     llm : ServedLlama
-    name : str
-        What clients call it.
 
     Attributes
     ----------
@@ -51,7 +49,7 @@ class Live:
         Grows with every change.
     """
 
-    def __init__(self, llm: ServedLlama, name: str):
+    def __init__(self, llm: ServedLlama):
         self._llm = llm
         self.version = 0
         self._state, self._progress = "idle", (0, 0)
@@ -62,7 +60,7 @@ class Live:
         config = llm.sparse
         params = llm.context_params
         self._facts: dict[str, Any] = {
-            "model": name,
+            "model": llm.name,
             "n_ctx": n_ctx,
             "block_tokens": BLOCK_TOKENS,
             "n_layer": header.n_layer,

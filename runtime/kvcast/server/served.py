@@ -44,8 +44,9 @@ class ServedLlama(Llama):
         self._computing = False
         self._guard = threading.Lock()  # an interrupt hits only the batch of the turn that it was meant for
         self._documents = documents
+        self.name = name
         super().__init__(*args, **kwargs)
-        self.live = Live(self, name)
+        self.live = Live(self)
 
     @contextlib.contextmanager
     def turn(self, turn: Turn) -> Iterator[None]:

@@ -7,6 +7,7 @@ import { bytes, copyButton, element, number, render } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 const CHARACTERS_PER_TOKEN = 4; // about, in English
+const DRAW_MS = 100; // between two drawings of an answer: the model needs the processor
 let conversations = load();
 let current = conversations[0] ?? fresh();
 let files = []; // attached to the question that is being written
@@ -87,7 +88,7 @@ function showLog() {
     return node;
   }));
   if (!messages.length) {
-    $("log").append(element("p", { className: "empty", textContent: "Attach a long text and ask about it. The map beside shows which parts of it the model looks at." }));
+    $("log").append(element("p", { className: "empty", textContent: "Attach a long text and ask about it. The map shows which parts of it the model looks at." }));
   } else if (messages.at(-1).role === "user") { // its answer failed, or the page was closed
     const again = element("button", { type: "button", textContent: "Ask again" });
     again.addEventListener("click", answer);
@@ -118,10 +119,9 @@ async function answer() {
   busy(true);
   const begin = performance.now();
   let first = 0, n = 0, drawing = 0, end = "";
-  const follow = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 80;
   const update = () => {
     drawing = 0;
-    const following = follow();
+    const following = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 80;
     body.replaceChildren(...render(message.content));
     if (following) $("log").scrollTop = $("log").scrollHeight;
   };
@@ -131,7 +131,7 @@ async function answer() {
         first ||= performance.now();
         n++;
         message.content += choice.delta.content;
-        drawing ||= requestAnimationFrame(update);
+        drawing ||= setTimeout(update, DRAW_MS);
       }
       if (choice.finish_reason === "length") end = " · cut off; ask it to go on";
     }
@@ -139,7 +139,7 @@ async function answer() {
     if (error.name === "AbortError") end = " · stopped";
     else problem(error);
   }
-  cancelAnimationFrame(drawing);
+  clearTimeout(drawing);
   running = null;
   busy(false);
   $("log").setAttribute("aria-busy", "false");
@@ -208,7 +208,7 @@ function showFiles() {
       showFiles();
       $("question").focus();
     });
-    const text = `${file.name} · ${bytes(file.text.length)} · about ${number(tokens)} tokens${room}`;
+    const text = `${file.name} · ${bytes(file.text.length)} · about ${number(Math.ceil(tokens / 100) * 100)} tokens${room}`;
     return element("li", { className: room ? "chip warn" : "chip" }, text, remove);
   }));
 }

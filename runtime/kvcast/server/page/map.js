@@ -17,12 +17,19 @@ function colour(name) {
 }
 
 const mix = (a, b, share) => a.map((x, i) => x + (b[i] - x) * share);
+const ramp = (shade) => Array.from({ length: 256 }, (_, i) => shade(i / 255));
 
 /** A cell per layer and block, stretched over the canvas; `shade(i)` is the colour of the i-th. */
 function paint(canvas, shade) {
   const { n_layer: height, n_blocks: width } = kv;
   const cells = new ImageData(width, height);
-  for (let i = 0; i < width * height; i++) cells.data.set([...shade(i), 255], 4 * i);
+  for (let i = 0; i < width * height; i++) {
+    const [r, g, b] = shade(i);
+    cells.data[4 * i] = r;
+    cells.data[4 * i + 1] = g;
+    cells.data[4 * i + 2] = b;
+    cells.data[4 * i + 3] = 255;
+  }
   const small = element("canvas", { width, height });
   small.getContext("2d").putImageData(cells, 0, 0);
   const scale = devicePixelRatio || 1;
@@ -44,16 +51,11 @@ function draw() {
   if (!kv?.maps || !kv.n_blocks || !$("panel").open) return;
   const [resident, fetched, attention] = ["resident", "fetched", "attention"].map((name) => unpack(kv.maps[name]));
   const [none, blue, orange] = ["--none", "--resident", "--fetched"].map(colour);
-  paint($("attended"), (i) => {
-    const share = resident[i] / 255;
-    const base = mix(none, blue, share && 0.25 + 0.75 * share);
-    return mix(base, orange, fetched[i] && 0.4 + 0.6 * (fetched[i] / 255));
-  });
+  const set = ramp((x) => mix(none, blue, x && 0.25 + 0.75 * x));
+  paint($("attended"), (i) => (fetched[i] ? mix(set[resident[i]], orange, 0.4 + 0.6 * (fetched[i] / 255)) : set[resident[i]]));
   const [low, middle, high] = ["--low", "--middle", "--high"].map(colour);
-  paint($("attention"), (i) => {
-    const x = attention[i] / 255;
-    return x < 0.5 ? mix(low, middle, 2 * x) : mix(middle, high, 2 * x - 1);
-  });
+  const heat = ramp((x) => (x < 0.5 ? mix(low, middle, 2 * x) : mix(middle, high, 2 * x - 1)));
+  paint($("attention"), (i) => heat[attention[i]]);
 }
 
 function figures() {
