@@ -40,6 +40,7 @@ def served(smollm2, documents):
     models = [
         ModelSettings(**shared, model_alias="sparse", sparse=SparseConfig(budget=256), n_batch=2048),  # a prompt is one batch
         ModelSettings(**shared, model_alias="dense", sparse=None, n_batch=128),
+        ModelSettings(**shared, model_alias="device", sparse=SparseConfig(budget=256, path="device")),
     ]
     with serve(models, documents, api_key="secret") as it:
         yield it
@@ -74,7 +75,7 @@ def idle(served, seconds=2.0):
 
 
 def test_conversations_one_after_the_other(served, client, code):
-    assert [m.id for m in client.models.list()] == ["sparse", "dense"]
+    assert [m.id for m in client.models.list()] == ["sparse", "dense", "device"]
     whole = ask(client, SHORT)
     assert whole
     assert client.chat.completions.create(model="gpt-x", messages=SHORT, max_tokens=1).model == "sparse"
@@ -282,6 +283,14 @@ def test_dense_has_figures_and_no_maps(served, client):
     assert kv["model"] == "dense" and kv["path"] == "dense" and kv["maps"] is None and kv["budget"] is None and kv["tok_s"] > 1
 
 
+def test_the_pool_of_the_device_path(served, client, code):
+    ask(client, about(code[:3000], "What is this?"), model="device", max_tokens=24)
+    kv = idle(served)
+    assert kv["path"] == "device" and kv["pool_bytes"] > 0 and kv["compression"] > 1.5 and kv["recovery"] > 0.3
+    resident, fetched = (base64.b64decode(kv["maps"][name]) for name in ("resident", "fetched"))
+    assert 0 < sum(resident) / 255 / 30 <= 1.1 * 256 / 16 + 1 and any(fetched)
+
+
 def test_documents_are_kept(served, client, documents, code):
     documents.clear()
     first = ask(client, about(code[500:4500], "What is this?"))
@@ -309,6 +318,11 @@ def test_configuration(tmp_path, smollm2):
         one_sentence(command("serve", smollm2, "--port", taken.getsockname()[1]), "--port", "in use")
     one_sentence(command("serve", "nowhere.gguf"), "nowhere.gguf")
     one_sentence(command("serve", "--config", tmp_path / "b.json", "--budget", "512"), "--config", "budget")
+
+
+def test_without_the_packages_of_the_server():
+    script = "import sys; sys.modules['fastapi'] = None; sys.argv = ['kvcast', 'serve']; from kvcast.cli import main; main()"
+    one_sentence(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True), "fastapi", "kvcast[serve]")
 
 
 def test_ctrl_c_ends_it_in_the_middle_of_an_answer(smollm2):
