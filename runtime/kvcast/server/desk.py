@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from .errors import as_client_error
+from .errors import OF_THE_REQUEST, of_the_request
 from .proxy import Proxy
 from .served import ServedLlama, Turn
 
@@ -111,28 +111,32 @@ class Desk:
         try:
             async with self._lock:
                 self._running = answer
-                if not (answer.stopped or self.closing):
-                    await run_in_threadpool(self._work, answer, call, body, put)
+                try:
+                    if not (answer.stopped or self.closing):
+                        await run_in_threadpool(self._work, answer, call, body, put)
+                finally:
+                    self._running = None
         except Exception as error:  # noqa: BLE001 - it is the answer
             end = None if answer.stopped else error
         finally:
-            self._running = None
             watcher.cancel()
             answer.items.put_nowait(end)
 
     def _work(self, answer: Answer, call: Callable[..., Any], body: Any, put: Callable[[Any], None]) -> None:
         begun = False
+        llm: ServedLlama = self.proxy(body.model)
+        more = {"model": llm.name}
         try:
-            more: dict[str, Any] = {}
-            llm: ServedLlama = prepare_request_resources(body, self.proxy, body.model, more)
-            more["model"] = llm.name
+            prepare_request_resources(body, self.proxy, body.model, more)
             with llm.turn(answer):
                 result = call(llm, more)
                 for item in result if isinstance(result, Iterator) else [result]:
                     put(item)
                     begun = True
-        except Exception as error:
-            raise error if begun else as_client_error(error) from error
+        except OF_THE_REQUEST as error:
+            if begun:
+                raise
+            raise of_the_request(error) from error
 
     async def _watch(self, answer: Answer, request: Request) -> None:
         """Stop the answer when its client goes away, also while a prompt is read and nothing is sent."""

@@ -35,12 +35,6 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         status, (param, message) = 400, _malformed(error)
-    elif found := _TOO_LONG.search(str(error)):
-        status, param, code = 400, "messages", "context_length_exceeded"
-        message = (
-            f"the messages have {int(found[1]):,} tokens and the context holds {int(found[2]):,}; "
-            "shorten them, or start the server with a larger --context"
-        )
     elif isinstance(error, KvcastError):
         status, message = 500, str(error)
     else:
@@ -60,14 +54,16 @@ def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     return (places[0] if places else None), f"{'.'.join(places) or 'the body'}: {reason}"
 
 
-def as_client_error(error: Exception) -> Exception:
-    """An error from before the first token that the request is to blame for becomes an ``ApiError``; others stay what they are."""
-    if isinstance(error, OF_THE_REQUEST):
-        if _TOO_LONG.search(str(error)):
-            return error
-        reason = str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"
-        return ApiError(400, f"the request cannot be answered: {reason}")
-    return error
+def of_the_request(error: Exception) -> ApiError:
+    """What a request is to blame for, from one of ``OF_THE_REQUEST`` that was raised before the first token."""
+    if found := _TOO_LONG.search(str(error)):
+        message = (
+            f"the messages have {int(found[1]):,} tokens and the context holds {int(found[2]):,}; "
+            "shorten them, or start the server with a larger --context"
+        )
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
+    reason = str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"
+    return ApiError(400, f"the request cannot be answered: {reason}")
 
 
 def add_handlers(app: FastAPI) -> None:

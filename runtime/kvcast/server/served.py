@@ -42,7 +42,8 @@ class ServedLlama(Llama):
     def __init__(self, *args: Any, name: str, documents: DocumentCache | None = None, **kwargs: Any):
         self._turn: Turn | None = None
         self._computing = False
-        self._guard = threading.Lock()  # an interrupt hits only the batch of the turn that it was meant for
+        # an interrupt hits only the batch of the turn that it was meant for; a signal may come while its thread holds this
+        self._guard = threading.RLock()
         self._documents = documents
         self.name = name
         super().__init__(*args, **kwargs)
