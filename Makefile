@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py patches/* predictor_onnx/*) scripts/vendor.py
+SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
 .PHONY: demo test test-vulkan soak lint docs bench patches reference clean
 
@@ -16,7 +16,7 @@ test: $(VENV)/.installed lint reference
 # mesa-vulkan-drivers libvulkan-dev glslc spirv-headers).
 VULKAN := build/vulkan/site
 test-vulkan: $(VENV)/.installed $(VULKAN)/.built
-	rm -rf $(VULKAN)/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data runtime/kvcast/eval $(VULKAN)/kvcast/ && cp -r predictor_onnx $(VULKAN)/
+	rm -rf $(VULKAN)/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data runtime/kvcast/eval runtime/kvcast/server $(VULKAN)/kvcast/ && cp -r predictor_onnx $(VULKAN)/
 	GGML_VK_VISIBLE_DEVICES=0 PYTHONPATH=$(VULKAN) $(BIN)/python -m pytest -s tests/vulkan
 
 $(VULKAN)/.built: $(wildcard runtime/native/* patches/* tests/vulkan/*.patch) runtime/CMakeLists.txt $(VENV)/.installed
@@ -63,7 +63,7 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet cmake ninja
 	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
-	$(BIN)/python -m pip install --verbose ".[cpu,test,integrations]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/[0-9]+\] (Linking|Generating)|Successfully)|[Ee]rror:" || true
+	$(BIN)/python -m pip install --verbose ".[cpu,serve,test,integrations]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/[0-9]+\] (Linking|Generating)|Successfully)|[Ee]rror:" || true
 	$(BIN)/python -c "from kvcast import Llama"
 	touch $@
 

@@ -23,9 +23,40 @@ def around_question(llm: Llama, messages: list[dict[str, str]]) -> tuple[str, st
     template = llm.metadata.get("tokenizer.chat_template")
     if template is None:
         return None
-    text = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")(messages=messages).prompt  # type: ignore[arg-type]
-    before, after = text.split(MARK)
+    bos, eos = (llm._model.token_get_text(i) if i != -1 else "" for i in (llm.token_bos(), llm.token_eos()))
+    text = Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)(messages=messages).prompt  # type: ignore[arg-type]
+    before, _, after = text.partition(MARK)
     return before, after
+
+
+def tokens_before_mark(llm: Llama, messages: list[dict[str, str]]) -> list[int]:
+    """The prompt's tokens up to ``MARK`` in the messages; none without a template."""
+    texts = around_question(llm, messages)
+    return [] if texts is None else llm.tokenize(texts[0].encode(), add_bos=False, special=True)
+
+
+def open_or_read(llm: Llama, tokens: list[int], cache: DocumentCache | None, title: str) -> bool:
+    """Put the model into the state after ``tokens``: from the cache, or by evaluating them, which the cache then keeps.
+
+    Returns
+    -------
+    bool
+        It was in the cache.
+
+    Raises
+    ------
+    GenerationError
+        It was stopped, or does not fit.
+    KvcastError
+        It was read, but cannot be kept.
+    """
+    if cache is not None and cache.load(llm, tokens):
+        return True
+    llm.reset()
+    llm.eval(tokens)
+    if cache is not None:
+        cache.save(llm, tokens, title)
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +122,10 @@ class Conversation:
             It was read, but cannot be kept.
         """
         self.stopped = False
-        texts = around_question(self.llm, [*self.messages, {"role": "user", "content": MARK}])
-        if not self.messages or texts is None:
+        tokens = tokens_before_mark(self.llm, [*self.messages, {"role": "user", "content": MARK}])
+        if not self.messages or not tokens:
             return False
-        tokens = self.llm.tokenize(texts[0].encode(), add_bos=False, special=True)
-        if cache is not None and cache.load(self.llm, tokens):
-            return True
-        self.llm.reset()
-        self.llm.eval(tokens)
-        if cache is not None:
-            cache.save(self.llm, tokens, title)
-        return False
+        return open_or_read(self.llm, tokens, cache, title)
 
     def ask(self, question: str, **kwargs: Any) -> Iterator[str]:
         """Answer a question, piece by piece. Ctrl-C, or ``stop``, ends the answer; what was said stays in the conversation.

@@ -1,0 +1,79 @@
+"""Every error in the API's shape: ``{"error": {"message", "type", "param", "code"}}``, with the status that fits."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
+
+from ..errors import KvcastError
+
+REQUEST, SERVER = "invalid_request_error", "server_error"
+OF_THE_REQUEST = (ValueError, TemplateError, KeyError, TypeError, IndexError)  # what llama-cpp-python raises on odd requests
+_TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
+
+
+class ApiError(Exception):
+    """What a client did wrong; ``message`` is one sentence for people."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of an error."""
+    param = code = None
+    if isinstance(error, ApiError):
+        status, message, param, code = error.status, str(error), error.param, error.code
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        status, (param, message) = 400, _malformed(error)
+    elif isinstance(error, KvcastError):
+        status, message = 500, str(error)
+    else:
+        status, message = 500, f"the server failed: {type(error).__name__}: {error}"
+    kind = REQUEST if status < 500 else SERVER
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
+    """Parameter and sentence. Of a message, what is wrong by the type that its role names."""
+    errors = error.errors()
+    of_other_roles = {e["loc"][:4] for e in errors if e["loc"][-1] == "role"}
+    fitting = [e for e in errors if e["loc"][:4] not in of_other_roles]
+    first = (fitting or errors)[0]
+    places = [str(part) for part in first["loc"] if part != "body" and not str(part).startswith("ChatCompletionRequest")]
+    reason = first["msg"] if fitting else "it must be system, user, assistant, tool or function"
+    return (places[0] if places else None), f"{'.'.join(places) or 'the body'}: {reason}"
+
+
+def of_the_request(error: Exception) -> ApiError:
+    """What a request is to blame for, from one of ``OF_THE_REQUEST`` that was raised before the first token."""
+    if found := _TOO_LONG.search(str(error)):
+        message = (
+            f"the messages have {int(found[1]):,} tokens and the context holds {int(found[2]):,}; "
+            "shorten them, or start the server with a larger --context"
+        )
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
+    reason = str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"
+    return ApiError(400, f"the request cannot be answered: {reason}")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error in the API's shape."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        status, body = error_body(error)
+        if isinstance(error, HTTPException) and status in (404, 405):
+            body["error"]["message"] = f"there is no {request.method} {request.url.path}; see docs/server.md for the endpoints"
+        return JSONResponse(body, status, headers=getattr(error, "headers", None))
+
+    for kind in (ApiError, HTTPException, RequestValidationError, KvcastError, ValueError, Exception):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,63 @@
+"""Keeps web pages of others out: a browser must reach the server by a name of its own, from a page of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .errors import ApiError, error_body
+
+
+class Guard:
+    """ASGI middleware against DNS rebinding and requests across origins.
+
+    A rebound name is neither localhost, nor an address, nor this machine's name: its requests are refused with 403. So are
+    those with an ``Origin`` other than the host itself.
+
+    Parameters
+    ----------
+    hosts : sequence of str
+        Further names that are allowed.
+    origins : sequence of str
+        Further origins that are allowed.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str] = (), origins: Sequence[str] = ()):
+        self.app = app
+        own = socket.gethostname().lower()
+        self._hosts = {"localhost", own, f"{own}.local", *(name.lower() for name in hosts)}
+        self._origins = set(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (wrong := self._wrong(Headers(scope=scope))):
+            status, body = error_body(ApiError(403, wrong, code="forbidden"))
+            await JSONResponse(body, status)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _wrong(self, headers: Headers) -> str | None:
+        host = headers.get("host", "")
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:
+            name = ""
+        if name not in self._hosts and not _is_address(name):
+            return f"this server is not called {host!r}; start it with --allow-host {name or 'NAME'} if it should be"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower() and origin not in self._origins:
+            return f"pages of {origin!r} may not use this server; start it with --allow-origin {origin} if they should"
+        return None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

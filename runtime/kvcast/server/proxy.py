@@ -1,0 +1,92 @@
+"""The configured models, one of them loaded at a time: llama-cpp-python's ``LlamaProxy`` with ``kvcast.Llama`` in it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+from .. import models
+from ..cache import DocumentCache
+from ..header import read_header
+from .served import ServedLlama
+from .settings import ModelSettings
+
+import llama_cpp  # isort: skip
+from llama_cpp import llama_chat_format  # isort: skip
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip
+from llama_cpp.server.model import LlamaProxy  # isort: skip
+
+CONTEXT_MAX = 32768  # tokens, when none is asked for
+_ARGUMENTS = set(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "model_path", "kwargs"}
+_KINDS = {"bool": lambda v: v.lower() in ("true", "1"), "int": int, "float": float, "str": str}
+
+
+class Proxy(LlamaProxy):
+    """See ``LlamaProxy``. ``lock`` is held while the model is replaced.
+
+    Parameters
+    ----------
+    settings : list of ModelSettings
+        The first is loaded now, and used for names that are unknown.
+    documents : DocumentCache or None
+    """
+
+    def __init__(self, settings: list[ModelSettings], documents: DocumentCache | None):
+        self._documents = documents
+        self.lock = threading.Lock()
+        super().__init__(settings)
+
+    def __call__(self, model: str | None = None) -> ServedLlama:
+        with self.lock:
+            return super().__call__(model)
+
+    @property
+    def current(self) -> ServedLlama | None:
+        """The loaded model; None while it is replaced."""
+        return self._current_model
+
+    def load_llama_from_model_settings(self, settings: ModelSettings) -> ServedLlama:
+        """Load a model.
+
+        Raises
+        ------
+        KvcastError
+            It cannot be loaded, or cannot run sparse.
+        ValueError
+            A setting contradicts ``sparse``.
+        """
+        path = models.resolve(settings.model)
+        given: dict[str, Any] = {name: getattr(settings, name) for name in settings.model_fields_set & _ARGUMENTS}
+        given.update(
+            n_threads=settings.n_threads,
+            n_ctx=settings.n_ctx or min(read_header(path).n_ctx_train, CONTEXT_MAX),
+            verbose=settings.verbose,
+        )
+        if settings.sparse is None:
+            given.setdefault("flash_attn", True)
+        if settings.draft_model is not None:
+            given["draft_model"] = LlamaPromptLookupDecoding(num_pred_tokens=settings.draft_model_num_pred_tokens)
+        if settings.kv_overrides is not None:
+            given["kv_overrides"] = dict(_override(text) for text in settings.kv_overrides)
+        llm = ServedLlama(path, sparse=settings.sparse, name=settings.model_alias, documents=self._documents, **given)
+        if settings.chat_template_kwargs:
+            _pass_to_template(llm, settings.chat_template_kwargs)
+        if settings.cache:
+            kind = llama_cpp.LlamaDiskCache if settings.cache_type == "disk" else llama_cpp.LlamaRAMCache
+            llm.set_cache(kind(capacity_bytes=settings.cache_size))
+        return llm
+
+
+def _override(text: str) -> tuple[str, bool | int | float | str]:
+    """``key=type:value``, as in llama-cpp-python's settings."""
+    key, _, typed = text.partition("=")
+    kind, _, value = typed.partition(":")
+    if kind not in _KINDS:
+        raise ValueError(f"kv_overrides has {text!r}; write it as key=type:value, type one of {', '.join(_KINDS)}")
+    return key, _KINDS[kind](value)
+
+
+def _pass_to_template(llm: ServedLlama, values: dict[str, Any]) -> None:
+    handler = llm.chat_handler or llm._chat_handlers.get(llm.chat_format) or llama_chat_format.get_chat_completion_handler(llm.chat_format)
+    llm.chat_handler = lambda *args, **kwargs: handler(*args, **{**values, **kwargs})

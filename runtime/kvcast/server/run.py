@@ -1,0 +1,83 @@
+"""Listening, starting and ending the server."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from ..cache import DocumentCache
+from ..errors import KvcastError
+from .app import make_app
+from .desk import Desk
+from .proxy import Proxy
+from .settings import ModelSettings, ServerSettings
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; a signal also ends what the model computes and the streams that never end by themselves."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk):
+        super().__init__(config)
+        self._desk = desk
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._desk.close()
+        super().handle_exit(sig, frame)
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A socket to serve on, before a model is loaded.
+
+    Raises
+    ------
+    KvcastError
+        The port is in use, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise KvcastError(
+            f"cannot listen on {settings.host}, port {settings.port} ({error.strerror or error}); choose another --port or --host"
+        ) from error
+
+
+def make_server(settings: ServerSettings, desk: Desk) -> Server:
+    """The server, ready to ``run(sockets=[...])``."""
+    config = uvicorn.Config(
+        make_app(settings, desk),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+    )
+    return Server(config, desk)
+
+
+def run(settings: ServerSettings, models: list[ModelSettings], say: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C.
+
+    Raises
+    ------
+    KvcastError
+        The address is not free, or the first model cannot be loaded.
+    """
+    with listen(settings) as listening:
+        proxy = Proxy(models, DocumentCache() if settings.keep_documents else None)
+        try:
+            server = make_server(settings, Desk(proxy, settings.interrupt_requests))
+            host, port = listening.getsockname()[:2]
+            scheme = "https" if settings.ssl_certfile else "http"
+            say(f"{', '.join(proxy)} at {scheme}://{f'[{host}]' if ':' in host else host}:{port}/ (API under /v1); Ctrl-C ends it")
+            if settings.api_key is None and not host.startswith("127.") and host != "::1":
+                say("everybody who reaches this address can use it and read what is in the context; --api-key KEY keeps others out")
+            try:
+                server.run(sockets=[listening])
+            except KeyboardInterrupt:  # uvicorn raises the signal again when it has ended
+                pass
+        finally:
+            proxy.free()

@@ -1,0 +1,154 @@
+"""Settings of the server and its models: llama-cpp-python's own, with ``sparse``, and safe defaults for a machine at home.
+
+Nothing is taken from environment variables: theirs have names as common as HOST and SEED.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import Field, ValidationError, field_validator
+
+from ..config import SparseConfig
+from ..errors import KvcastError
+
+from llama_cpp.server import settings as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
+
+TEXT_ONLY = "kvcast runs text models only"
+NO_HUB = "fetch the file and give its path as model"
+REFUSED = {
+    "clip_model_path": TEXT_ONLY,
+    "hf_model_repo_id": NO_HUB,
+    "hf_pretrained_model_name_or_path": "the tokenizer of the GGUF file is used",
+    "hf_tokenizer_config_path": "the chat template of the GGUF file is used",
+}
+MULTIMODAL = (
+    "llava-1-5", "llava-1-6", "obsidian", "moondream", "nanollava", "llama-3-vision-alpha", "minicpm-v-2.6", "qwen2.5-vl", "mtmd", "gemma4"
+)  # fmt: skip
+
+
+class _FromFile:
+    """Only what is given counts, no environment."""
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+        return (init_settings,)
+
+
+class ModelSettings(_FromFile, upstream.ModelSettings):
+    """A model as llama-cpp-python's server describes it, and ``sparse``: the fields of ``SparseConfig``, or null for dense.
+
+    ``model`` is a path or a name from ``kvcast models``. ``n_ctx`` 0 is what the model was trained for, 32,768 at most.
+    Only fields that are set are passed on, so that defaults are those of ``kvcast.Llama``.
+    """
+
+    sparse: SparseConfig | None = Field(default_factory=SparseConfig)
+    n_ctx: int = Field(default=0, ge=0)
+    n_threads: int = Field(default_factory=lambda: psutil.cpu_count(logical=False) or 1, ge=1)
+    verbose: bool = False
+
+    @field_validator("sparse", mode="before")
+    @classmethod
+    def _sparse(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = list(SparseConfig.__dataclass_fields__)
+        for name in value:
+            if name not in known:
+                raise ValueError(f"there is no setting {name!r}{_closest(name, known)}")
+        return SparseConfig(**value)
+
+    @field_validator(*REFUSED, "chat_format")
+    @classmethod
+    def _refused(cls, value: Any, info: Any) -> Any:
+        if value is not None and info.field_name in REFUSED:
+            raise ValueError(f"this is not supported, {REFUSED[info.field_name]}; leave it out")
+        if info.field_name == "chat_format" and value in MULTIMODAL:
+            raise ValueError(f"{TEXT_ONLY}; choose another chat format or leave it out")
+        return value
+
+
+class ServerSettings(_FromFile, upstream.ServerSettings):
+    """Where the server listens and who may use it.
+
+    Parameters
+    ----------
+    allow_origins : list of str
+        Web pages of other origins that may use the API (``https://example.org``).
+    allow_hosts : list of str
+        Names, beside localhost, this machine's own and addresses, by which browsers may reach the server.
+    keep_documents : bool
+        Keep long first messages on disk, as ``kvcast chat`` keeps documents.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    interrupt_requests: bool = False
+    allow_origins: list[str] = Field(default_factory=list)
+    allow_hosts: list[str] = Field(default_factory=list)
+    keep_documents: bool = True
+
+
+class ConfigFile(ServerSettings):
+    """What a configuration file holds."""
+
+    models: list[ModelSettings] = Field(min_length=1)
+
+
+def read_config(path: Path) -> tuple[ServerSettings, list[ModelSettings]]:
+    """The settings in a JSON or YAML file.
+
+    Raises
+    ------
+    KvcastError
+        There is no such file, or what it holds is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+        else:
+            content = json.loads(text)
+    except OSError as error:
+        raise KvcastError(f"the configuration {str(path)!r} cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise KvcastError(f"{str(path)!r} is neither JSON nor YAML, as its name says: {error}; correct it") from error
+    if not isinstance(content, dict):
+        raise KvcastError(f"{str(path)!r} holds no settings; see docs/server.md for an example")
+    config = checked(ConfigFile, content, str(path))
+    server = ServerSettings(**{name: getattr(config, name) for name in config.model_fields_set - {"models"}})
+    return server, config.models
+
+
+def checked(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    """``kind(**values)``; what is wrong is one sentence, of a KvcastError."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise KvcastError(f"{where}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        fields = [*ConfigFile.model_fields, *ModelSettings.model_fields]
+        return f"there is no setting {place!r}{_closest(str(first['loc'][-1]), fields)}"
+    if first["type"] == "missing":
+        return f"{place!r} is missing; add it"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{place} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+
+
+def _closest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else "; leave it out"

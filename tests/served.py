@@ -1,0 +1,40 @@
+"""A server in a thread, for the tests."""
+
+import contextlib
+import threading
+from dataclasses import dataclass
+
+from openai import OpenAI
+
+from kvcast.cache import DocumentCache
+from kvcast.server.desk import Desk
+from kvcast.server.proxy import Proxy
+from kvcast.server.run import listen, make_server
+from kvcast.server.settings import ModelSettings, ServerSettings
+
+
+@dataclass
+class Served:
+    url: str
+    desk: Desk
+    key: str | None
+
+    def client(self, **options):
+        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": self.key or "none", "max_retries": 0, **options})
+
+
+@contextlib.contextmanager
+def serve(models: list[ModelSettings], documents: DocumentCache | None = None, **options):
+    settings = ServerSettings(port=0, **options)
+    with listen(settings) as listening:
+        desk = Desk(Proxy(models, documents))
+        server = make_server(settings, desk)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", desk, settings.api_key)
+        finally:
+            server.handle_exit(2, None)
+            thread.join(30)
+            desk.proxy.free()
+        assert not thread.is_alive()
