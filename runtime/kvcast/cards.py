@@ -21,10 +21,11 @@ LANE_GB_PER_S = {3: 0.985, 4: 1.969, 5: 3.938}
 LINK_SHARE = 0.84  # of what the lanes can do: 53 GB/s measured of 63
 UPLOAD_S = 50e-6  # three copies of 16 us
 READ_SHARE = 0.6  # of the memory's bandwidth, for weights and dense attention
-POOL_SHARE = 0.1  # the same for attention over the pool, with its taps
+POOL_SHARE = 0.17  # the same for attention over the pool, with its taps
 LAYER_S, POOL_LAYER_S = 25e-6, 13e-6  # beside reading: of any layer, of attention over the pool
-SELECT_S = 75e-9  # predict and select, for a block of a KV head
-OBSERVE_S = 0.5e-3  # a step's part that waits for the host
+SELECT_S = 20e-9  # predict and select, for a block of a KV head, on half of 16 cores
+SELECT_LEAST_S = 1.5e-3  # what calls and threads cost
+OBSERVE_S = 1.1e-3  # a step's part that waits for the host
 N_HELD = 8  # steps
 
 
@@ -87,5 +88,5 @@ def sparse_forecast(card: Card, header: Header, n_ctx: int, budget: int, kv_type
     bytes_per_move = move_bytes(header, kv_type)
     pool_s = rows * budget / BLOCK_TOKENS * bytes_per_move / (POOL_SHARE * card.bytes_per_s)
     step_s = _dense_step_s(card, header) + pool_s + header.n_layer * POOL_LAYER_S
-    select_s = rows * n_ctx / BLOCK_TOKENS / N_HELD * SELECT_S
+    select_s = SELECT_LEAST_S + rows * n_ctx / BLOCK_TOKENS / N_HELD * SELECT_S
     return simulate(moves, bytes_per_move, card.link, step_s, OBSERVE_S, select_s)
