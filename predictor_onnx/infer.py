@@ -33,8 +33,10 @@ class StreamPredictor:
     def __init__(self, session: Any, name: str):
         self._session = session
         self.on_gpu = session.get_providers()[0] == CUDA
-        n_wanted = session.get_inputs()[0].shape[1]
-        n_given = 5
+        shape = session.get_inputs()[0].shape
+        if len(shape) != 3:
+            raise PredictorError(f"predictor {name!r} takes averages of {len(shape)} dimensions; kvcast gives 3, export it again")
+        n_wanted, n_given = shape[1], 5
         if isinstance(n_wanted, int) and n_wanted != n_given:
             raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
         check(self.run(np.full((2, n_given, 33), 0.01, np.float32)), (2, 33), name)

@@ -29,12 +29,11 @@ import numba
 import numpy as np
 import psutil
 
-import kvcast
 from kvcast import Llama, SparseConfig
 from kvcast.link import measure_link
 from kvcast.session import StepTimes
 
-CHURN = Path(kvcast.__file__).parent / "data" / "churn.json"
+CHURN = Path(__file__).resolve().parent.parent / "runtime/kvcast/data/churn.json"
 
 
 def gpu_memory_mib() -> int:

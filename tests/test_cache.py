@@ -136,7 +136,7 @@ def test_reading_can_be_stopped_quietly(smollm2, code, capfd):
 
 
 def test_chat_opens_a_document_again(smollm2, code, tmp_path):
-    document = tmp_path / "code.txt"
+    document = tmp_path / "[bold]code.txt"
     document.write_text(code[:4000])
     command = [
         sys.executable,
@@ -157,6 +157,6 @@ def test_chat_opens_a_document_again(smollm2, code, tmp_path):
         done = subprocess.run([*command, *options], input="Why?\n", capture_output=True, text=True, env=env, timeout=120)
         assert done.returncode == 0 and f"{word} " in done.stderr, done.stderr
     listed = subprocess.run([sys.executable, "-m", "kvcast.cli", "cache"], capture_output=True, text=True, env=env)
-    assert "code.txt" in listed.stdout
+    assert "[bold]code.txt" in listed.stdout
     subprocess.run([sys.executable, "-m", "kvcast.cli", "cache", "--clear"], check=True, env=env)
     assert not list((tmp_path / "kept").iterdir())

@@ -147,6 +147,22 @@ def test_threads_that_select_change_nothing(make, code, monkeypatch, on_gpu):
     np.testing.assert_array_equal(*logits)
 
 
+def test_a_new_plan_takes_the_last_scores_in_first(make, code):
+    """They lie as the plan before says."""
+    logits = []
+    for at_once in (True, False):
+        llm = make(hold=4)
+        tokens = llm.tokenize(code.encode())
+        run(llm, tokens, 1000, 6)
+        if at_once:
+            llm.session.take_in()
+        llm.session.configure(SparseConfig(budget=256, path="device", hold=4, budgets="uniform"))
+        for token in tokens[1006:1012]:
+            llm.eval([token])
+        logits.append(logits_of(llm))
+    np.testing.assert_array_equal(*logits)
+
+
 def test_host_calibration_is_exact(make, code):
     llm = make(calibrate="host:1", trace=True)
     run(llm, llm.tokenize(code.encode()), 1000, 1)

@@ -75,13 +75,24 @@ def wrong_name(model):
     model.graph.node[0].input[0] = "history"
 
 
+def wrong_rank(model):
+    shape = model.graph.input[0].type.tensor_type.shape
+    del shape.dim[1:]
+
+
 def wrong_shape(model):
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 7
 
 
 @pytest.mark.parametrize(
     ("edit", "word"),
-    [(nan_weights, "not numbers"), (wrong_opset, "cannot be loaded"), (wrong_name, "history"), (wrong_shape, "wants 7 averages")],
+    [
+        (nan_weights, "not numbers"),
+        (wrong_opset, "cannot be loaded"),
+        (wrong_name, "history"),
+        (wrong_shape, "wants 7 averages"),
+        (wrong_rank, "1 dimensions|cannot be loaded"),
+    ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, edit, word):
     with pytest.raises(PredictorError, match=word) as caught:

@@ -103,6 +103,8 @@ def test_wrong_key(served):
     for path in ("/v1/kv", "/v1/kv/stream", "/v1/kv/text?block=0"):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(served, path, Authorization="")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get_page(served, "/openapi.json")
     assert get_page(served, "/").status == 200  # the page itself asks for the key
 
 
@@ -310,6 +312,7 @@ def test_configuration(tmp_path, smollm2):
         ("a.yaml", content, ["models.0.sparse", "at least 96"]),
         ("b.json", '{"models": [{"model": "smollm2", "n_ctxx": 5}]}', ["n_ctxx", "did you mean 'n_ctx'"]),
         ("c.json", '{"models": [{"model": "smollm2", "clip_model_path": "x"}]}', ["clip_model_path", "text models only"]),
+        ("e.json", '{"models": [{"model": "smollm2"}, {"model": "smollm2"}]}', ["smollm2", "model_alias"]),
         ("d.json", "{", ["neither JSON nor YAML"]),
     ):
         (tmp_path / name).write_text(text)

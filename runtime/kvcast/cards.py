@@ -45,6 +45,7 @@ class Card:
 
 
 def cards() -> list[Card]:
+    """All that are known."""
     known = json.loads((DATA / "cards.json").read_text())["cards"]
     return [Card(name, c["vram_gib"] << 30, 1e9 * c["gb_per_s"], c["pcie"], c["lanes"]) for name, c in known.items()]
 
@@ -70,7 +71,7 @@ def _dense_step_s(card: Card, header: Header) -> float:
 
 
 def dense_tok_s(card: Card, header: Header, n_ctx: int, kv_type: str) -> float:
-    """Dense llama.cpp with weights and KV cache on the card."""
+    """Tokens per second of dense llama.cpp with weights and KV cache on the card, at a context of ``n_ctx`` tokens."""
     kv = header.store_bytes(n_ctx, KV_TYPES[kv_type], KV_TYPES[kv_type])
     return 1 / (_dense_step_s(card, header) + kv / (READ_SHARE * card.bytes_per_s))
 

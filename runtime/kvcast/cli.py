@@ -124,7 +124,7 @@ def list_cache(clear: Annotated[bool, typer.Option("--clear", help="Remove them 
     held = documents.entries()
     for e in held:
         opened = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.opened))
-        table.add_row(e.title, e.model, f"{e.n_tokens:,}", f"{e.n_bytes / 1e6:.0f}", opened)
+        table.add_row(escape(e.title), escape(e.model), f"{e.n_tokens:,}", f"{e.n_bytes / 1e6:.0f}", opened)
     console.print(table)
     total = sum(e.n_bytes for e in held)
     notes.print(f"{total / 1e6:.0f} MB of {documents.limit_bytes / 1e6:.0f} in {documents.folder}", highlight=False)

@@ -114,7 +114,7 @@ class DeviceSession(Session):
 
     def truncate(self, n_tokens: int) -> None:
         self._settle()
-        self._take_in()
+        self.take_in()
         super().truncate(n_tokens)
         self.pool.forget_from(n_tokens // native.BLOCK_TOKENS)
         self._seen = False
@@ -143,7 +143,6 @@ class DeviceSession(Session):
             self.n_filled = self.times.moves[-1]
         self._observe(before, begin, n_used)
         if self.on_attended is not None:
-            self._take_in()
             self.on_attended(position)
 
     def close(self) -> None:
@@ -153,7 +152,7 @@ class DeviceSession(Session):
 
     def finish_decode(self) -> None:
         super().finish_decode()
-        self._take_in()  # before the next scores come
+        self.take_in()  # before the next scores come
         if self.in_sparse_step:
             self.attached.collect()
 
@@ -176,8 +175,7 @@ class DeviceSession(Session):
         longest = int(self.n_attended.max())
         self._unlearned = self.attended[:, :longest].copy(), self.n_attended.copy(), self.shares.copy()
 
-    def _take_in(self) -> None:
-        """What ``_learn`` noted; nothing when that is done."""
+    def take_in(self) -> None:
         if self._unlearned is not None:
             blocks, n_listed, shares = self._unlearned
             self._unlearned = None
@@ -202,6 +200,7 @@ class DeviceSession(Session):
 
     def _plan(self) -> None:
         """Slots of every layer, for this prompt."""
+        self.take_in()  # taps lie as the plan before says
         n_mean = _pool_blocks(self.config, self.attached.info.n_cells)
         n_layer = self.attached.info.n_layer
         slots = np.full(n_layer, n_mean, np.int32)
@@ -287,7 +286,7 @@ class DeviceSession(Session):
         """The critical blocks of the next set of some rows, for a step with ``n_used`` blocks in use."""
         if rows.start == rows.stop and rows != ALL:
             return
-        self._take_in()
+        self.take_in()
         begin = time.perf_counter()
         first, last, _ = rows.indices(self.n_rows)
         n_parts = max(1, min(self._n_parts, (last - first) * n_used // PART_MIN))
@@ -350,7 +349,7 @@ class DeviceSession(Session):
         self._pending = self._worker.submit(self._prefetch, n_used, rows)
 
     def _prefetch(self, n_used: int, rows: slice) -> None:
-        self._take_in()
+        self.take_in()
         if self.config.calibrate.startswith("host"):
             self._calibrate()
         if rows.start < rows.stop:

@@ -35,6 +35,8 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
+    """Tokens per second, and milliseconds and bytes of a step."""
+
     tok_s: float
     wait_ms: float  # per step, for a late prefetch
     bytes_per_step: float

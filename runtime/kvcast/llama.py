@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from . import native
+from . import native, sizes
 from .config import SparseConfig
 from .device import N_HELPERS, DeviceSession
 from .errors import CallbackError, GenerationError, ModelError
@@ -37,8 +37,8 @@ class Llama(llama_cpp.Llama):
         A GGUF file.
     sparse : SparseConfig or None
         None is stock behaviour, to the bit. With a config the KV cache is kept in host memory, flash attention is on
-        and, unless ``n_threads`` is given, all physical cores are used. With a GPU, ``n_batch`` and ``n_ubatch`` are 2048
-        unless one is given.
+        and, unless ``n_threads`` is given, all physical cores are used (half of them on the device path with a GPU). With a GPU,
+        ``n_batch`` and ``n_ubatch`` are 2048 unless one is given.
     **kwargs
         Those of ``llama_cpp.Llama``. Unknown ones are an error.
 
@@ -88,7 +88,7 @@ class Llama(llama_cpp.Llama):
         if sparse is not None:
             try:
                 kind = DeviceSession if sparse.device else Session
-                self._session = kind(self.ctx, sparse, self.n_batch, _history_bytes_per_token(header, self.n_ctx()), header.embedded)
+                self._session = kind(self.ctx, sparse, self.n_batch, sizes.tap_bytes(header, self.n_ctx()), header.embedded)
                 if self._session.attached.info.pinned_bytes < 0:
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
             except BaseException:
@@ -364,8 +364,8 @@ def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: b
     if kwargs.get("vocab_only"):
         return
     need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1)
-    if summary:  # a quarter of K's channels and a sixteenth of them all, one byte each
-        need += header.store_bytes(n_ctx) * 5 // 64
+    if summary:
+        need += sizes.summary_bytes(header, n_ctx)
     free = psutil.virtual_memory().available
     if need > free and not (kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True)):
         per_token = header.store_bytes(256) / 256
@@ -373,7 +373,3 @@ def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: b
             f"a context of {n_ctx} tokens needs {need / GIB:.1f} GiB for its KV cache, and {free / GIB:.1f} GiB are free; "
             f"n_ctx={int(free * 0.8 / per_token) // 256 * 256} would fit"
         )
-
-
-def _history_bytes_per_token(header: Header, n_ctx: int) -> int:
-    return header.n_layer * header.n_head_kv * (-(-n_ctx // native.BLOCK_TOKENS)) * 4

@@ -307,7 +307,7 @@ class Attached:
             raise RuntimeError(f"the device could not take in {n} blocks")
 
     def collect(self) -> None:
-        """After a sparse step of the device path: bring the new rows to the store and the scores here.
+        """After a sparse step of the device path: bring the new rows to the store; ``take_taps`` then has the scores.
 
         Raises
         ------

@@ -25,7 +25,7 @@ GIB = 1 << 30
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SHARE = 16  # a budget is the context divided by this, at least:
 LEAST_BUDGET = {"device": 2048, "host": 512}
-N_UBATCH = {"device": 2048, "host": 512}  # tokens of a batch, by where the weights are
+N_UBATCH, N_UBATCH_CPU = 2048, 512  # tokens of a batch: with a GPU, without
 DEFAULT = SparseConfig()
 
 
@@ -138,7 +138,8 @@ class Planner:
             found += [Part("summary of keys", "host", sizes.summary_bytes(header, n_ctx))]
         if path != "dense":
             found += [Part("scores and history", "host", sizes.scratch_bytes(header, n_ctx) + sizes.history_bytes(header, n_ctx))]
-        compute = sizes.compute_bytes(header, n_ctx, N_UBATCH[weights], self.kv_type, copies_kv)
+        n_ubatch = N_UBATCH if on_device or (self.vram_bytes and path != "dense") else N_UBATCH_CPU
+        compute = sizes.compute_bytes(header, n_ctx, n_ubatch, self.kv_type, copies_kv)
         found += [
             Part("compute buffers", weights, compute, estimate=True),
             Part("driver", "device", sizes.DEVICE_RESERVE * on_device, estimate=True),
@@ -147,6 +148,7 @@ class Planner:
         return tuple(p for p in found if p.n_bytes)
 
     def fits(self, path: str, weights: str, n_ctx: int) -> bool:
+        """Whether device and host have room for a context of ``n_ctx`` tokens."""
         parts = self.parts(path, weights, n_ctx)
         return total(parts, "device") <= self.vram_bytes and total(parts, "host") <= self.ram_bytes
 
@@ -163,6 +165,7 @@ class Planner:
         return min(256 * low, most)
 
     def compression(self, path: str, n_ctx: int) -> float:
+        """Bytes of a dense cache, to those of KV on the device; host path: to those that a step reads."""
         header, kind, budget = self.header, sizes.KV_TYPES[self.kv_type], self.budget(path, n_ctx)
         if path == "device":
             return n_ctx * header.store_bytes(256, kind, kind) / 256 / sum(sizes.pool_sizes(header, n_ctx, budget, self.kv_type))

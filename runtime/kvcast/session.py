@@ -301,6 +301,9 @@ class Session:
         """Take the scores of a sparse step into the history."""
         self.history.observe_listed(self.attended, self.n_attended, self.scores, self.shares)
 
+    def take_in(self) -> None:
+        """Have the last step's ``scores``, and the history, up to date now; on the device path that happens beside the next step."""
+
     def finish_decode(self) -> None:
         """When llama_decode has returned: what must succeed for the step to count. A RuntimeError undoes the step."""
         self._wait()  # before the scores that it reads are renewed

@@ -43,11 +43,15 @@ def summary_bytes(header: Header, n_ctx: int) -> int:
     return _n_rows(header) * (n_channels * n_padded * BLOCK_TOKENS + dim * n_padded + 2 * 4 * n_blocks)
 
 
+def tap_bytes(header: Header, n_ctx: int) -> int:
+    """Scores of one token of a history batch."""
+    return 4 * _n_rows(header) * (-(-n_ctx // BLOCK_TOKENS))
+
+
 def scratch_bytes(header: Header, n_ctx: int) -> int:
     """Lists and scores that the native part holds on the host, without the summary."""
     n_blocks, rows, group = n_cells(n_ctx) // BLOCK_TOKENS, _n_rows(header), header.n_head // header.n_head_kv
-    per_tap = rows * (-(-n_ctx // BLOCK_TOKENS)) * 4
-    n_taps = n_taps_within(per_tap)
+    n_taps = n_taps_within(tap_bytes(header, n_ctx))
     by_row = 4 * rows * (2 * n_blocks + 1)  # lists, their lengths, scores
     of_taps = 4 * n_taps * (rows * n_blocks + header.n_layer * header.n_head)
     return by_row + of_taps + 4 * (n_cells(n_ctx) + 2 * n_blocks + header.n_head_kv * group * n_blocks)

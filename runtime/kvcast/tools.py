@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _show_plan(p: Plan, card: str | None) -> None:
         table.add_row(part.what, *((size, "") if part.where == "device" else ("", size)))
     table.add_row("all, GiB (~: estimated)", f"{p.device_bytes / GIB:.3f}" if p.vram_bytes else "", f"{p.host_bytes / GIB:.3f}")
     table.add_row("of", f"{p.vram_bytes / GIB:.3f}" if p.vram_bytes else "", f"{p.ram_bytes / GIB:.3f}")
-    console.print(f"[bold]{p.model}[/bold], context {p.context:,}, KV cache {p.kv_type}", highlight=False)
+    console.print(f"[bold]{escape(p.model)}[/bold], context {p.context:,}, KV cache {p.kv_type}", highlight=False)
     lines = {
         "device": f"weights and a pool of {p.budget:,} tokens on the device; the KV cache in host memory",
         "host": f"weights on the {p.weights}; attention to {p.budget:,} tokens on the CPU, beside the KV cache",
@@ -98,7 +99,7 @@ def inspect(model: Model, json_file: JsonFile = None) -> None:
     for key, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_said(v)}" for k, v in value.items())
-        table.add_row(key.replace("_", " "), _said(value))
+        table.add_row(key.replace("_", " "), escape(_said(value)))
     console.print(table)
 
 

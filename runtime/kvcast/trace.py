@@ -124,6 +124,7 @@ def record(llm: Llama, tokens: Sequence[int], n_context: int, name: str) -> Trac
         session.on_attended = recorder = Recorder(llm)
         llm.eval([token])
         session.on_attended = None
+        session.take_in()
         blocks, n_attended = recorder.lists[0]
         r, c = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
         seen[i, r, blocks[r, c]] = encode(session.scores[r, c] * session.shares[r])

@@ -1,7 +1,7 @@
 """The routes, and running them.
 
-Request types, the resources of a request and the extra routes are llama-cpp-python's. The two routes that answer are our own:
-theirs begin a stream before they know whether there is an answer, and see that a client is gone only between two chunks.
+Request types and the resources of a request are llama-cpp-python's. The routes are our own: theirs begin a stream before they know
+whether there is an answer, see that a client is gone only between two chunks, and load models where nothing else can run meanwhile.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from .guard import Guard
 from .served import ServedLlama
 from .settings import ServerSettings
 
-from llama_cpp.server import app as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
-from llama_cpp.server.types import (  # isort: skip
+from llama_cpp.server.types import (  # isort: skip  (after kvcast's own, which say where the libraries are)
     CreateChatCompletionRequest,
     CreateCompletionRequest,
     CreateEmbeddingRequest,
     DetokenizeInputRequest,
     DetokenizeInputResponse,
+    TokenizeInputCountResponse,
+    TokenizeInputRequest,
+    TokenizeInputResponse,
 )
 
 PAGE = Path(__file__).parent / "page"
@@ -44,7 +46,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-THEIRS = ("/extras/tokenize", "/extras/tokenize/count")
 IGNORED = {"n", "best_of", "logit_bias_type", "user", "min_tokens"}
 LOOK_S, BEAT_S = 0.25, 5.0  # how often the stream looks for news; longest silence
 EVENTS = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
@@ -60,6 +61,7 @@ def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
         root_path=settings.root_path,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
+        openapi_url=None,
         middleware=[guard, cors] if settings.allow_origins else [guard],
     )
     add_handlers(app)
@@ -71,15 +73,6 @@ def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
             message = "the API key is wrong" if given else "this server wants an API key"
             raise ApiError(401, f"{message}; send the one that the server was started with", code="invalid_api_key")
 
-    async def models() -> AsyncIterator[Any]:
-        async with desk.model() as proxy:
-            yield proxy
-
-    app.dependency_overrides[upstream.authenticate] = authenticate
-    app.dependency_overrides[upstream.get_llama_proxy] = models
-    for route in upstream.router.routes:
-        if route.path in THEIRS:
-            app.add_api_route(route.path, route.endpoint, methods=list(route.methods), dependencies=route.dependencies)
     allowed = {"dependencies": [Depends(authenticate)]}
     _add_completions(app, desk, allowed)
     _add_live(app, desk, allowed)
@@ -122,6 +115,19 @@ def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
             if not llm.context_params.embeddings:
                 raise ApiError(400, "this model has no embeddings; configure one with embedding true and sparse null", param="model")
             return await run_in_threadpool(llm.create_embedding, body.input)
+
+    async def tokens_of(body: TokenizeInputRequest) -> list[int]:
+        async with desk.model() as proxy:
+            llm = await run_in_threadpool(proxy, body.model)
+            return llm.tokenize(body.input.encode("utf-8"), special=True)
+
+    @app.post("/extras/tokenize", **allowed)
+    async def tokenize(body: TokenizeInputRequest) -> TokenizeInputResponse:
+        return TokenizeInputResponse(tokens=await tokens_of(body))
+
+    @app.post("/extras/tokenize/count", **allowed)
+    async def count_tokens(body: TokenizeInputRequest) -> TokenizeInputCountResponse:
+        return TokenizeInputCountResponse(count=len(await tokens_of(body)))
 
     @app.post("/extras/detokenize", **allowed)
     async def detokenize(body: DetokenizeInputRequest) -> DetokenizeInputResponse:

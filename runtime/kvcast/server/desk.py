@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class Desk:
     def __init__(self, proxy: Proxy, interrupt: bool = False):
         self.proxy = proxy
         self.closing = False
+        self.working = threading.Lock()  # held while a thread uses the model
         self._interrupt = interrupt
         self._lock = asyncio.Lock()
         self._running: Answer | None = None
@@ -123,6 +125,10 @@ class Desk:
             answer.items.put_nowait(end)
 
     def _work(self, answer: Answer, call: Callable[..., Any], body: Any, put: Callable[[Any], None]) -> None:
+        with self.working:
+            self._answer(answer, call, body, put)
+
+    def _answer(self, answer: Answer, call: Callable[..., Any], body: Any, put: Callable[[Any], None]) -> None:
         begun = False
         llm: ServedLlama = self.proxy(body.model)
         more = {"model": llm.name}

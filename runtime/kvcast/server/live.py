@@ -123,7 +123,7 @@ class Live:
         llm, times, config = self._llm, self._times, self._llm.sparse
         n_tokens = llm.n_tokens
         n_blocks = -(-n_tokens // BLOCK_TOKENS)
-        seconds = self._last - self._first
+        n_answer, seconds = self._n_answer, self._last - self._first
         n_steps = times.n_steps
         return {
             **self._facts,
@@ -132,8 +132,8 @@ class Live:
             "n_tokens": n_tokens,
             "n_blocks": n_blocks,
             "budget": None if config is None else config.budget_blocks(n_tokens) * BLOCK_TOKENS,
-            "n_answer": self._n_answer,
-            "tok_s": self._n_answer / seconds if self._n_answer else None,
+            "n_answer": n_answer,
+            "tok_s": n_answer / seconds if n_answer and seconds > 0 else None,
             "compression": times.blocks_dense / times.blocks_read if times.blocks_read else None,
             "recovery": times.share_sum / n_steps if n_steps else None,
             "step_ms": _parts(times) if n_steps else None,

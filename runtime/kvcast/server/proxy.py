@@ -59,12 +59,12 @@ class Proxy(LlamaProxy):
         path = models.resolve(settings.model)
         given: dict[str, Any] = {name: getattr(settings, name) for name in settings.model_fields_set & _ARGUMENTS}
         given.update(
-            n_threads=settings.n_threads,
             n_ctx=settings.n_ctx or min(read_header(path).n_ctx_train, CONTEXT_MAX),
             verbose=settings.verbose,
         )
         if settings.sparse is None:
             given.setdefault("flash_attn", True)
+            given.setdefault("n_threads", settings.n_threads)
         if settings.draft_model is not None:
             given["draft_model"] = LlamaPromptLookupDecoding(num_pred_tokens=settings.draft_model_num_pred_tokens)
         if settings.kv_overrides is not None:

@@ -68,8 +68,9 @@ def run(settings: ServerSettings, models: list[ModelSettings], say: Callable[[st
     """
     with listen(settings) as listening:
         proxy = Proxy(models, DocumentCache() if settings.keep_documents else None)
+        desk = Desk(proxy, settings.interrupt_requests)
         try:
-            server = make_server(settings, Desk(proxy, settings.interrupt_requests))
+            server = make_server(settings, desk)
             host, port = listening.getsockname()[:2]
             scheme = "https" if settings.ssl_certfile else "http"
             say(f"{', '.join(proxy)} at {scheme}://{f'[{host}]' if ':' in host else host}:{port}/ (API under /v1); Ctrl-C ends it")
@@ -80,4 +81,5 @@ def run(settings: ServerSettings, models: list[ModelSettings], say: Callable[[st
             except KeyboardInterrupt:  # uvicorn raises the signal again when it has ended
                 pass
         finally:
-            proxy.free()
+            with desk.working:  # uvicorn does not wait for a thread that is in llama.cpp
+                proxy.free()

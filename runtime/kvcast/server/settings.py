@@ -21,6 +21,8 @@ from llama_cpp.server import settings as upstream  # isort: skip  (after kvcast'
 TEXT_ONLY = "kvcast runs text models only"
 NO_HUB = "fetch the file and give its path as model"
 REFUSED = {
+    "rpc_servers": "kvcast's libraries have no RPC backend",
+    "mul_mat_q": "llama.cpp decides it",
     "clip_model_path": TEXT_ONLY,
     "hf_model_repo_id": NO_HUB,
     "hf_pretrained_model_name_or_path": "the tokenizer of the GGUF file is used",
@@ -97,6 +99,14 @@ class ConfigFile(ServerSettings):
     """What a configuration file holds."""
 
     models: list[ModelSettings] = Field(min_length=1)
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, models: list[ModelSettings]) -> list[ModelSettings]:
+        names = [m.model_alias or m.model for m in models]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two models are called {twice[0]!r}; give each a model_alias of its own")
+        return models
 
 
 def read_config(path: Path) -> tuple[ServerSettings, list[ModelSettings]]:

@@ -223,7 +223,9 @@ function size() {
 
 async function models() {
   const { data } = await getJson("v1/models");
+  const chosen = $("model").value;
   $("model").replaceChildren(...data.map(({ id }) => element("option", { value: id, textContent: id.split("/").at(-1) })));
+  if (data.some(({ id }) => id === chosen)) $("model").value = chosen;
   $("model").disabled = data.length < 2;
 }
 
@@ -251,6 +253,7 @@ async function follow() {
       }
       $("status").textContent = "the server has ended";
     } catch (error) {
+      document.removeEventListener("visibilitychange", hide);
       if (error.status === 401) {
         if (!$("key").open) $("key").showModal();
         await new Promise((resolve) => { $("key").addEventListener("close", resolve, { once: true }); });
