@@ -142,7 +142,7 @@ class Planner:
         compute = sizes.compute_bytes(header, n_ctx, n_ubatch, self.kv_type, copies_kv)
         found += [
             Part("compute buffers", weights, compute, estimate=True),
-            Part("driver", "device", sizes.DEVICE_RESERVE * on_device, estimate=True),
+            Part("driver", "device", (sizes.DEVICE_RESERVE + sizes.POOL_RESERVE * (path == "device")) * on_device, estimate=True),
             Part("Python and its libraries", "host", sizes.HOST_RESERVE, estimate=True),
         ]
         return tuple(p for p in found if p.n_bytes)

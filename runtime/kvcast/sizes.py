@@ -13,7 +13,7 @@ from .session import n_taps_within
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # of the KV cache: ggml's types
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 HOST_RESERVE = 400 << 20  # Python, NumPy, Numba, ONNX Runtime
-SCORES_RESERVE = 100 << 20  # the same for the scores of a prompt's end
+POOL_RESERVE = 100 << 20  # the same beside a pool: work space of taps
 DEVICE_RESERVE = 700 << 20  # CUDA's context and work space beside the buffers, as measured on an H100
 
 
@@ -89,9 +89,8 @@ def compute_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str, copie
     """Estimate of llama.cpp's compute buffer where the layers are, for a batch of ``n_ubatch`` tokens.
 
     The larger of what its end needs, logits of all tokens, and what a layer needs: its feed-forward part, the attention mask and,
-    where prompts take the KV cache from the host to a device (``copies_kv``), the layer's K and V; there the scores of a prompt's end
-    need room besides, as measured.
+    where prompts take the KV cache from the host to a device (``copies_kv``), the layer's K and V.
     """
     layer = header.store_bytes(n_ctx, KV_TYPES[kv_type], KV_TYPES[kv_type]) // header.n_layer
     end = n_ubatch * (4 * header.n_vocab + 8 * header.n_embd)
-    return max(end, n_ubatch * (8 * header.n_ff + 2 * n_cells(n_ctx)) + layer * copies_kv) + SCORES_RESERVE * copies_kv
+    return max(end, n_ubatch * (8 * header.n_ff + 2 * n_cells(n_ctx)) + layer * copies_kv)

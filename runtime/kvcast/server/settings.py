@@ -22,7 +22,6 @@ TEXT_ONLY = "kvcast runs text models only"
 NO_HUB = "fetch the file and give its path as model"
 REFUSED = {
     "rpc_servers": "kvcast's libraries have no RPC backend",
-    "mul_mat_q": "llama.cpp decides it",
     "clip_model_path": TEXT_ONLY,
     "hf_model_repo_id": NO_HUB,
     "hf_pretrained_model_name_or_path": "the tokenizer of the GGUF file is used",
