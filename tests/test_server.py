@@ -306,6 +306,10 @@ def test_documents_are_kept(served, client, documents, code):
     assert len(documents.entries()) == 2
 
 
+def test_defaults_are_accepted():
+    assert ModelSettings(model="small.gguf").sparse == SparseConfig()
+
+
 def test_configuration(tmp_path, smollm2):
     content = "api_key: secret\nmodels:\n- {model: smollm2, sparse: {budget: 80}}\n"
     for name, text, words in (

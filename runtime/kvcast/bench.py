@@ -137,6 +137,10 @@ def bench(
     dict
         The report, ready for JSON: README, "What bench writes".
     """
+    if n_context <= config.budget:
+        raise ValueError(f"the context is {n_context} tokens and the budget {config.budget}: nothing is left out; take a longer --context")
+    if n_steps < 4:
+        raise ValueError(f"steps is {n_steps}; it must be at least 4")
     n_threads = n_threads or psutil.cpu_count(logical=False) or 1
     shared: dict[str, Any] = dict(n_ctx=n_context + 512, n_threads=n_threads, n_threads_batch=n_threads, n_batch=n_batch, verbose=False)
 

@@ -86,10 +86,10 @@ def list_models() -> None:
     """List the models that can be fetched by name, and what is there."""
     table = Table(box=None, pad_edge=False)
     for column in ("name", "model", "licence", "MB", "context", "fetched", "for"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column not in ("model", "licence"))
     for m in models.MODELS:
         there = (models.cache_dir() / m.file).exists()
-        use = "everyone" if m.offered else "development"
+        use = "everyone" if m.offered else "tests"
         table.add_row(m.name, m.title, m.licence, f"{m.size_bytes / 1e6:.0f}", str(m.context), "yes" if there else "no", use)
     console.print(table)
     notes.print(f"kept in {models.cache_dir()}", highlight=False)

@@ -96,7 +96,9 @@ class GgufFile:
         self._gguf: int | None = None
         self.path = path = Path(path)
         if not path.is_file():
-            raise ModelError(f"there is no model file {str(path)!r}; give a path to a .gguf file or a name from `kvcast models`")
+            raise ModelError(
+                f"there is no model file {str(path)!r}; give the path of a .gguf file; kvcast.models.resolve(NAME) is that of a name from `kvcast models`"
+            )
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{str(path)!r} is not a GGUF file; convert the model to GGUF first")

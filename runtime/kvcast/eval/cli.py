@@ -53,7 +53,7 @@ def fidelity(
     report = {**origin(path, context=context, steps=steps, documents=list(texts)), "results": results}
     means = [r for r in results if r["document"] == "mean"]
     title = f"{path.stem}, {context} tokens of context, {steps} scored, {', '.join(texts)}"
-    _show(fidelity_table(means))
+    _show(fidelity_table(means, brief=True))
     _write(json_file, report, lambda: markdown(fidelity_table(means), title))
     if json_file and len({r["budget"] for r in means}) > 1:
         curves(means, json_file.with_suffix(".png"), title)
@@ -164,3 +164,4 @@ def _write(json_file: Path | None, report: dict[str, Any], table) -> None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
         json_file.with_suffix(".md").write_text(table())
+        console.print(f"written: {json_file}, {json_file.with_suffix('.md')}", highlight=False, markup=False, soft_wrap=True)

@@ -99,6 +99,7 @@ def score_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+BRIEF = ("selector", "budget", "recovery", "kl_mean", "top1_agreement", "ppl_dense", "ppl_sparse")  # columns for a terminal
 FIDELITY = (
     ("selector", "{}"),
     ("budget", "{}"),
@@ -116,10 +117,11 @@ FIDELITY = (
 )
 
 
-def fidelity_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Header and a row for each selector and budget."""
-    rows = [["" if r.get(name) is None else form.format(r[name]) for name, form in FIDELITY] for r in results]
-    return [[name.replace("_", " ") for name, _ in FIDELITY], *rows]
+def fidelity_table(results: Sequence[dict[str, Any]], brief: bool = False) -> list[list[str]]:
+    """Header and a row for each selector and budget; ``brief`` fits a terminal of 80 columns."""
+    columns = [(name, form) for name, form in FIDELITY if not brief or name in BRIEF]
+    rows = [["" if r.get(name) is None else form.format(r[name]) for name, form in columns] for r in results]
+    return [[name.replace("_", " ") for name, _ in columns], *rows]
 
 
 def markdown(table: Sequence[Sequence[str]], title: str, notes: Sequence[str] = ()) -> str:
