@@ -97,7 +97,8 @@ class GgufFile:
         self.path = path = Path(path)
         if not path.is_file():
             raise ModelError(
-                f"there is no model file {str(path)!r}; give the path of a .gguf file; kvcast.models.resolve(NAME) is that of a name from `kvcast models`"
+                f"there is no model file {str(path)!r}; give the path of a .gguf file; "
+                "kvcast.models.resolve(NAME) is that of a name from `kvcast models`"
             )
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
