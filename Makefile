@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan soak lint docs bench patches reference clean
+.PHONY: demo test test-vulkan test-convert soak lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -26,6 +26,15 @@ $(VULKAN)/.built: $(wildcard runtime/native/* patches/* tests/vulkan/*.patch) ru
 	    -DGGML_VULKAN=ON -DKVCAST_LLAMA=$(abspath build/vulkan/source) > build/vulkan/build.log
 	$(BIN)/cmake --build build/vulkan/build --target kvcast_libraries >> build/vulkan/build.log
 	$(BIN)/cmake --install build/vulkan/build --prefix $(VULKAN) > /dev/null
+	touch $@
+
+# A Hugging Face checkpoint to GGUF, which needs torch and transformers: beside the project's own environment. TORCH names the build.
+TORCH ?= torch==2.13.0
+test-convert: $(VENV)/.installed build/convert/.installed
+	PYTHONPATH=build/convert $(BIN)/python -m pytest tests/test_convert.py
+
+build/convert/.installed: pyproject.toml
+	$(BIN)/python -m pip install --quiet --upgrade --target build/convert $(TORCH) "transformers>=4.57,<5" safetensors sentencepiece
 	touch $@
 
 # long runs of the device path: minutes

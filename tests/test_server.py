@@ -68,9 +68,11 @@ def get(served, path, **headers):
 def idle(served, seconds=2.0):
     """The session when nothing runs any more, which must be soon."""
     end = time.monotonic() + seconds
-    while (kv := get(served, "/v1/kv"))["state"] != "idle":
-        assert time.monotonic() < end, kv["state"]
-        time.sleep(0.02)
+    request = urllib.request.Request(f"{served.url}/v1/kv/stream", headers={"Authorization": "Bearer secret"})
+    with urllib.request.urlopen(request, timeout=10) as events:
+        while (kv := json.loads(events.readline()[6:]))["state"] != "idle":
+            assert time.monotonic() < end, kv["state"]
+            events.readline()
     return kv
 
 
@@ -324,6 +326,7 @@ def test_configuration(tmp_path, smollm2):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         one_sentence(command("serve", smollm2, "--port", taken.getsockname()[1]), "--port", "in use")
     one_sentence(command("serve", "nowhere.gguf"), "nowhere.gguf")
+    one_sentence(command("serve", smollm2, "--kv-type", "f8"), "f8", "q8_0")
     one_sentence(command("serve", "--config", tmp_path / "b.json", "--budget", "512"), "--config", "budget")
 
 

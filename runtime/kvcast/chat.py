@@ -109,18 +109,7 @@ class Conversation:
                 )
 
     def read(self, cache: DocumentCache | None = None, title: str = "") -> bool:
-        """Process the document now, before any question is known; or take it from a cache, where it is kept for the next time.
-
-        Returns
-        -------
-        bool
-            It was in the cache.
-
-        Raises
-        ------
-        KvcastError
-            It was read, but cannot be kept.
-        """
+        """Process the document now, before any question is known: ``open_or_read``, with its result and its errors."""
         self.stopped = False
         tokens = tokens_before_mark(self.llm, [*self.messages, {"role": "user", "content": MARK}])
         if not self.messages or not tokens:

@@ -44,6 +44,8 @@ Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uni
 Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")]
 Where = Annotated[str, typer.Option(help="host: attend beside the store; device: from a pool on the device, prefetched.")]
 Prefetch = Annotated[bool, typer.Option(help="Device path: bring blocks to the pool beside the steps.")]
+GpuLayers = Annotated[int, typer.Option(help="Layers of weights on a GPU, -1 for all.")]
+KvType = Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 or q4_0.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
 
@@ -144,8 +146,8 @@ def chat(
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
-    gpu_layers: Annotated[int, typer.Option(help="Layers of weights on a GPU, -1 for all.")] = 0,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 or q4_0.")] = "f16",
+    gpu_layers: GpuLayers = 0,
+    kv_type: KvType = "f16",
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
     cache: Annotated[bool, typer.Option(help="Keep processed documents on disk, to open them again at once; see `kvcast cache`.")] = True,
@@ -154,14 +156,11 @@ def chat(
     from .cache import DocumentCache
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
-    from .sizes import KV_TYPES
 
     sparse = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
     config = None if dense else sparse
     document = "\n\n".join(read_text(path) for path in file or [])
-    if kv_type not in KV_TYPES:
-        raise ValueError(f"the KV type is {kv_type!r}; choose one of {', '.join(KV_TYPES)}")
-    more = {"n_gpu_layers": gpu_layers, "type_k": KV_TYPES[kv_type], "type_v": KV_TYPES[kv_type]}
+    more = _placement(gpu_layers, kv_type)
     if threads:
         more["n_threads"] = threads
     if dense:
@@ -221,6 +220,8 @@ def serve(
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    kv_type: KvType = "f16",
     allow_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin use the API; repeatable.")] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A further name of this machine; repeatable.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep long first messages on disk, to open them again at once.")] = True,
@@ -232,7 +233,10 @@ def serve(
     except ModuleNotFoundError as error:
         raise KvcastError(f"the server needs {error.name}, which is not installed; pip install 'kvcast[serve]'") from error
 
-    of_model = ("model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "path", "prefetch", "threads")
+    of_model = (
+        "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "path", "prefetch", "threads", "gpu_layers",
+        "kv_type",
+    )  # fmt: skip
     given = [name for name in of_model if context.get_parameter_source(name).name == "COMMANDLINE"]
     if config is not None:
         if given:
@@ -241,7 +245,9 @@ def serve(
     else:
         sparse = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
         name = model or "smollm2"
-        more = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
+        more = _placement(gpu_layers, kv_type)
+        if threads:
+            more.update(n_threads=threads, n_threads_batch=threads)
         alias = name if models.find(name) else Path(name).stem
         values = {"model": name, "model_alias": alias, "n_ctx": n_ctx, "sparse": None if dense else sparse, **more}
         server, found = ServerSettings(), [checked(ModelSettings, values, "kvcast serve")]
@@ -253,6 +259,15 @@ def serve(
     for settings in found:
         fetched(settings.model)
     run(server, found, lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True))
+
+
+def _placement(gpu_layers: int, kv_type: str) -> dict[str, int]:
+    """Arguments of Llama."""
+    from .sizes import KV_TYPES
+
+    if kv_type not in KV_TYPES:
+        raise ValueError(f"the KV type is {kv_type!r}; choose one of {', '.join(KV_TYPES)}")
+    return {"n_gpu_layers": gpu_layers, "type_k": KV_TYPES[kv_type], "type_v": KV_TYPES[kv_type]}
 
 
 def _all_cores() -> int:

@@ -74,7 +74,6 @@ class DeviceSession(Session):
         self.n_filled = 0  # blocks moved by the step that filled the pool
         self._seen = False  # a step's query was collected since the last edit
         self._unlearned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # lists, their lengths and shares of the last step
-        self._tapped = False  # its scores are still to be taken from the taps
         self._buffer = 0
         self._n_staged = 0
         self._all_rows = np.arange(self.n_rows, dtype=np.int32)
@@ -137,7 +136,7 @@ class DeviceSession(Session):
             self._place_set(n_used)
             self.attended, self.n_attended = self.blocks, self.n_listed
             self._run(native.SPARSE, [token], decode)
-            self._seen = self._tapped = True
+            self._seen = True
         self.times.moves.append(self.pool.n_moved - moved)
         if self._planned and not planned:
             self.n_filled = self.times.moves[-1]
@@ -171,7 +170,9 @@ class DeviceSession(Session):
         return self._n_sink + self._n_window
 
     def _learn(self) -> None:
-        """Only note what the step attended to: its scores are taken into the history beside the next one."""
+        """Only note what a sparse step attended to: its scores are taken into the history beside the next one."""
+        if not self.in_sparse_step:
+            return super()._learn()
         longest = int(self.n_attended.max())
         self._unlearned = self.attended[:, :longest].copy(), self.n_attended.copy(), self.shares.copy()
 
@@ -179,8 +180,7 @@ class DeviceSession(Session):
         if self._unlearned is not None:
             blocks, n_listed, shares = self._unlearned
             self._unlearned = None
-            if self._tapped:
-                self.attached.take_taps(n_listed)
+            self.attached.take_taps(n_listed)
             self.history.observe_listed(blocks, n_listed, self.scores, shares)
 
     def _drop_set(self) -> None:
@@ -191,7 +191,7 @@ class DeviceSession(Session):
         """Attend to the whole store; its exact scores go to the history as those of a full list."""
         self._run(native.HISTORY, [token], decode)
         list_all(n_used, self._lists, self._lengths)
-        self.attended, self.n_attended, self._tapped = self._lists, self._lengths, False
+        self.attended, self.n_attended = self._lists, self._lengths
         self.scores[:, :n_used] = self.attached.history_scores[:, 0].reshape(self.n_rows, -1)[:, :n_used]
         self.shares[:] = 1.0
         self._since_calibration = 0
