@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = "scores"
+PROBE = 32  # blocks to either side of the one that is changed, to see how far a network looks
 CUDA = "CUDAExecutionProvider"
 Floats = npt.NDArray[np.float32]
 
@@ -23,7 +25,11 @@ class PredictorError(ValueError):
 
 
 class StreamPredictor:
-    """A network on the runtime's exponential averages: ``averages`` (n_rows, n_averages, n_blocks) to ``scores`` (n_rows, n_blocks)."""
+    """A network on the runtime's exponential averages: ``averages`` (n_rows, n_averages, n_blocks) to ``scores`` (n_rows, n_blocks).
+
+    Where it looks at a few neighbours only, the scores of blocks that nothing was observed of are kept, and the others are computed as
+    one long row of segments. At a row's first blocks they differ a little from those of a whole row, whose edge the network pads.
+    """
 
     inputs = ("averages",)
     n_steps_kept = 0
@@ -40,9 +46,37 @@ class StreamPredictor:
         if isinstance(n_wanted, int) and n_wanted != n_given:
             raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
         check(self.run(np.full((2, n_given, 33), 0.01, np.float32)), (2, 33), name)
+        self._reach = self._find_reach(n_given)
+        self._kept: Floats | None = None
+        self._kept_at = np.empty(0, np.int64)  # by row: history.clock when its scores were computed
+        self._epoch = -1
+        self._lock = threading.Lock()  # several threads ask for rows of their own
+
+    def _find_reach(self, n_given: int) -> int | None:
+        """How many blocks away a change still matters; None: further than is worth it."""
+        probe = np.full((1, n_given, 2 * PROBE + 1), 0.01, np.float32)
+        before = self.run(probe)[0]
+        probe[0, :, PROBE] = 0.5
+        moved = np.flatnonzero(self.run(probe)[0] != before)
+        reach = int(np.abs(moved - PROBE).max(initial=1))
+        return reach if reach <= PROBE // 4 else None
 
     def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> Floats:
-        return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
+        reach = self._reach
+        if reach is None:
+            return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
+        with self._lock:
+            shape = len(history.averages), history.averages.shape[2]
+            if self._kept is None or self._kept.shape != shape or self._epoch != history.epoch:
+                self._kept, self._kept_at, self._epoch = np.zeros(shape, np.float32), np.full(shape[0], -1, np.int64), history.epoch
+            kept = self._kept
+        now = history.clock
+        segments = history.changed(rows, n_blocks, self._kept_at, reach)
+        if len(segments):
+            scores = self.run(history.gather(segments, n_blocks, reach)[None])
+            history.scatter(scores[0], segments, reach, kept)
+        self._kept_at[rows] = now
+        return kept[rows, :n_blocks]
 
     def run(self, averages: Floats) -> Floats:
         if not self.on_gpu:

@@ -10,6 +10,7 @@ import pytest
 import naive
 from conftest import DATA
 from kvcast import GenerationError, Llama, SparseConfig, device, link, pool, sweep
+from kvcast.device import DeviceSession
 from test_contract import logits_of
 
 
@@ -188,22 +189,31 @@ def test_prefetch_changes_nothing_but_the_time(make, code):
 
 
 def test_a_late_prefetch_is_waited_for(make, code, monkeypatch):
-    stage = pool.Pool.stage
-    rng = np.random.default_rng(0)
+    stage, wait = pool.Pool.stage, DeviceSession._wait
+    step_done, n_late = threading.Event(), 0
 
     def late(self, *arguments):
+        nonlocal n_late
         if threading.current_thread() is not threading.main_thread():
-            time.sleep(rng.random() * 0.03)
+            assert step_done.wait(60)
+            step_done.clear()
+            n_late += 1
         return stage(self, *arguments)
+
+    def waits(self):
+        if self._pending is not None:
+            step_done.set()
+        wait(self)
 
     logits = []
     for delayed in (False, True):
         if delayed:
             monkeypatch.setattr(pool.Pool, "stage", late)
+            monkeypatch.setattr(DeviceSession, "_wait", waits)
         llm = make(hold=2)
         logits.append(run(llm, llm.tokenize(code.encode()), 1000, 30))
     np.testing.assert_array_equal(*logits)
-    assert llm.session.times.wait > 0.1
+    assert n_late >= 25
 
 
 @pytest.mark.parametrize("how", [ArithmeticError("no"), SystemExit(3), MemoryError()], ids=lambda e: type(e).__name__)

@@ -23,6 +23,9 @@ def how(request, monkeypatch):
             (history, "_observe_listed"),
             (history, "_observe_all"),
             (history, "_keep_listed"),
+            (history, "_changed"),
+            (history, "_gather"),
+            (history, "_scatter"),
         ):
             monkeypatch.setattr(module, name, getattr(module, name).py_func)
     return request.param
@@ -78,7 +81,9 @@ def test_observe(n_rows, n_used, how):
     blocks = np.tile(np.arange(n_used, dtype=np.int32), (n_rows, 1))
     n_listed = rng.integers(0, n_used + 1, n_rows).astype(np.int32)
     scores, shares = rng.random((n_rows, n_used)).astype(np.float32), rng.random(n_rows).astype(np.float32)
-    history._observe_listed(ours, decays, blocks, n_listed, scores, shares)
+    seen = np.zeros((n_rows, n_used + 3), np.int32)
+    history._observe_listed(ours, seen, 7, decays, blocks, n_listed, scores, shares)
+    assert seen.tolist() == [[7] * n + [0] * (n_used + 3 - n) for n in n_listed]
     naive.observe_listed(theirs, decays, blocks, n_listed, scores, shares)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
@@ -86,6 +91,33 @@ def test_observe(n_rows, n_used, how):
     history._observe_all(ours, decays, taps, 1, 4, n_used)
     naive.observe_all(theirs, decays, taps[:, 1:], 3, n_used)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
+@pytest.mark.parametrize("reach", [1, 3])
+def test_changed(n_rows, n_used, how, reach):
+    """The segments hold every block within reach of a change once, and nothing that is far from all; gathered, each has its neighbours."""
+    rng = np.random.default_rng(4)
+    known = history.History(n_rows, 1, n_used + 3)
+    known.averages[:] = rng.random(known.averages.shape)
+    since = rng.integers(-1, 3, n_rows)
+    known._seen[:] = rng.integers(0, 4, known._seen.shape) * (rng.random(known._seen.shape) < 0.1)
+    segments = known.changed(slice(0, n_rows), n_used, since, reach)
+    covered, predicted = np.zeros((n_rows, n_used), int), known.gather(segments, n_used, reach)
+    at = 0
+    for row, begin, end in segments:
+        covered[row, begin:end] += 1
+        padded = np.pad(known.averages[row, :, :n_used], ((0, 0), (reach, reach)))
+        n = end - begin + 2 * reach
+        np.testing.assert_array_equal(predicted[:, at : at + n], padded[:, begin : end + 2 * reach])
+        at += n
+    near = np.array([
+        [(known._seen[r, max(0, b - reach) : min(n_used, b + reach + 1)] > since[r]).any() for b in range(n_used)] for r in range(n_rows)
+    ])  # fmt: skip
+    assert (covered[near] == 1).all() and covered.max(initial=0) <= 1
+    scores = np.zeros((n_rows, n_used), np.float32)
+    known.scatter(predicted[0], segments, reach, scores)
+    np.testing.assert_array_equal(scores, np.where(covered, known.averages[:, 0, :n_used], 0))
 
 
 @pytest.mark.skipif("NUMBA_BOUNDSCHECK" in os.environ, reason="this is the run with bounds checked")

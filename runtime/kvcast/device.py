@@ -29,7 +29,7 @@ from .sizes import STAGING_SHARE
 
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
 N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU; llama.cpp has the other cores
-PART_MIN = 1 << 15  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
+PART_MIN = 1 << 16  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
 CAP = 8  # a layer's slots: at most so many times the mean
 
 
@@ -150,10 +150,9 @@ class DeviceSession(Session):
             self._helpers.shutdown()
 
     def finish_decode(self) -> None:
-        super().finish_decode()
+        self._wait()
         self.take_in()  # before the next scores come
-        if self.in_sparse_step:
-            self.attached.collect()
+        self.attached.collect()
 
     # ---- inside
 
@@ -181,7 +180,7 @@ class DeviceSession(Session):
             blocks, n_listed, shares = self._unlearned
             self._unlearned = None
             self.attached.take_taps(n_listed)
-            self.history.observe_listed(blocks, n_listed, self.scores, shares)
+            self.history.observe_listed(blocks, n_listed, self.scores, shares, self._spread)
 
     def _drop_set(self) -> None:
         super()._drop_set()

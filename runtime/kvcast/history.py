@@ -7,20 +7,34 @@ write into the caller's; the naive twins are in tests/naive.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from .native import BLOCK_TOKENS
 
+PART_MIN = 1 << 15  # rows * listed blocks from which a share of that is worth a thread
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.97)  # the first is the last score itself
 
 
+Spread = Callable[[list[tuple]], Any]
+
+
+def one_after_another(calls: list[tuple]) -> None:
+    """Make the calls, each a function and its arguments."""
+    for call, *arguments in calls:
+        call(*arguments)
+
+
 @numba.njit(nogil=True, cache=True)
-def _observe_listed(averages, decays, blocks, n_listed, scores, shares):
+def _observe_listed(averages, seen, now, decays, blocks, n_listed, scores, shares):
     for row in range(blocks.shape[0]):
         for i in range(n_listed[row]):
             b = blocks[row, i]
+            seen[row, b] = now
             score = scores[row, i] * shares[row]
             for d in range(decays.shape[0]):
                 averages[row, d, b] = decays[d] * averages[row, d, b] + (np.float32(1) - decays[d]) * score
@@ -48,6 +62,48 @@ def _keep_listed(before, now, blocks, n_listed, scores, shares):
             now[row, blocks[row, i]] = scores[row, i] * shares[row]
 
 
+@numba.njit(nogil=True, cache=True)
+def _changed(seen, since, first, last, n_blocks, reach, segments):
+    """segments[i]: row, begin and end of blocks whose prediction is not that of ``since``, and how many; see ``History.changed``."""
+    n = 0
+    for row in range(first, last):
+        b = 0
+        while b < n_blocks:
+            if seen[row, b] <= since[row]:
+                b += 1
+                continue
+            begin = end = b
+            while b < min(n_blocks, end + 4 * reach + 1):  # what lies nearer would be read twice
+                if seen[row, b] > since[row]:
+                    end = b + 1
+                b += 1
+            segments[n, 0], segments[n, 1], segments[n, 2] = row, max(0, begin - reach), min(n_blocks, end + reach)
+            n += 1
+    return n
+
+
+@numba.njit(nogil=True, cache=True)
+def _gather(averages, segments, n_blocks, reach, out):
+    """One segment after another, each with ``reach`` blocks at either side; zeros where a row ends. Returns the length."""
+    at = 0
+    for i in range(len(segments)):
+        row, begin, end = segments[i]
+        low, high = max(0, begin - reach), min(n_blocks, end + reach)
+        for d in range(averages.shape[1]):
+            out[d, at + low - begin + reach : at + high - begin + reach] = averages[row, d, low:high]
+        at += end - begin + 2 * reach
+    return at
+
+
+@numba.njit(nogil=True, cache=True)
+def _scatter(predicted, segments, reach, scores):
+    at = reach
+    for i in range(len(segments)):
+        row, begin, end = segments[i]
+        scores[row, begin:end] = predicted[at : at + end - begin]
+        at += end - begin + 2 * reach
+
+
 class History:
     """Averages of block scores, updated in place; and the scores of the last steps themselves where a predictor asks for them.
 
@@ -68,6 +124,8 @@ class History:
     def __init__(self, n_layer: int, n_head_kv: int, n_blocks: int):
         self.averages = np.zeros((n_layer * n_head_kv, len(DECAYS), n_blocks), np.float32)
         self._decays = np.array(DECAYS, np.float32)
+        self._seen = np.zeros((n_layer * n_head_kv, n_blocks), np.int32)  # when each block was observed last
+        self.clock = 0  # counts what was observed, calibration included
         self._ring: npt.NDArray[np.float32] | None = None  # (n_steps, n_rows, n_blocks), step number n at n % n_steps
         self._n_in_ring = 0
         self.n_observed = 0
@@ -92,7 +150,9 @@ class History:
         n = max(1, min(n_steps, self._n_in_ring))
         return self._ring[np.arange(self.n_observed - n, self.n_observed) % len(self._ring)]
 
-    def observe_listed(self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray) -> None:
+    def observe_listed(
+        self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray, spread: Spread = one_after_another
+    ) -> None:
         """Take in a sparse step.
 
         Parameters
@@ -103,8 +163,17 @@ class History:
         shares : float32, shape (n_rows,)
             Estimated share of the whole attention that the listed blocks hold: scores of a sparse step sum to one over
             the listed blocks, those of a dense step over all.
+        spread : callable
+            Makes calls, each a function and its arguments, perhaps on several threads.
         """
-        _observe_listed(self.averages, self._decays, blocks, n_listed, scores, shares)
+        self.clock += 1
+        n_rows = len(n_listed)
+        n_parts = max(1, n_rows * blocks.shape[1] // PART_MIN)
+        parts = [slice(n_rows * i // n_parts, n_rows * (i + 1) // n_parts) for i in range(n_parts)]
+        spread([
+            (_observe_listed, self.averages[p], self._seen[p], self.clock, self._decays, blocks[p], n_listed[p], scores[p], shares[p])
+            for p in parts
+        ])  # fmt: skip
         if self._ring is not None:
             n = len(self._ring)
             _keep_listed(self._ring[(self.n_observed - 1) % n], self._ring[self.n_observed % n], blocks, n_listed, scores, shares)
@@ -113,6 +182,8 @@ class History:
 
     def observe_all(self, scores: npt.NDArray, begin: int, end: int, n_used_blocks: int) -> None:
         """Take in the tokens [begin, end) of a history batch: scores float32, shape (n_layer, max_taps, n_head_kv, n_blocks)."""
+        self.clock += 1
+        self._seen[:, :n_used_blocks] = self.clock
         _observe_all(self.averages, self._decays, scores, begin, end, n_used_blocks)
         if self._ring is not None:
             for tap in range(begin, end):
@@ -123,7 +194,38 @@ class History:
     def observe_rows(self, layer: int, scores: npt.NDArray, n_used_blocks: int) -> None:
         """Take in the exact scores of one layer, float32, shape (1, n_head_kv, n_blocks), beside those of a sparse step."""
         rows = slice(layer * scores.shape[1], (layer + 1) * scores.shape[1])
+        self.clock += 1
+        self._seen[rows, :n_used_blocks] = self.clock
         _observe_all(self.averages[rows], self._decays, scores[None], 0, 1, n_used_blocks)
+
+    def changed(self, rows: slice, n_blocks: int, since: npt.NDArray[np.int64], reach: int) -> npt.NDArray[np.int64]:
+        """Where a prediction that looks ``reach`` blocks to either side differs from that of an earlier time.
+
+        Parameters
+        ----------
+        since : int64, shape (n_rows,)
+            ``clock`` at that time; negative: never.
+
+        Returns
+        -------
+        int64, shape (n, 3)
+            Row, first block and end of each segment, in order.
+        """
+        first, last, _ = rows.indices(len(self.averages))
+        segments = np.empty(((last - first) * (n_blocks // (4 * reach + 2) + 1), 3), np.int64)
+        return segments[: _changed(self._seen, since, first, last, n_blocks, reach, segments)]
+
+    def gather(self, segments: npt.NDArray[np.int64], n_blocks: int, reach: int) -> npt.NDArray[np.float32]:
+        """The averages of segments, and of ``reach`` blocks at either side of each, zeros past a row's ends: (len(DECAYS), n)."""
+        n = int((segments[:, 2] - segments[:, 1]).sum()) + 2 * reach * len(segments)
+        out = np.zeros((len(DECAYS), -(-n // 256) * 256), np.float32)  # few different lengths
+        _gather(self.averages, segments, n_blocks, reach, out)
+        return out
+
+    @staticmethod
+    def scatter(predicted: npt.NDArray[np.float32], segments: npt.NDArray[np.int64], reach: int, scores: npt.NDArray[np.float32]) -> None:
+        """Put what was predicted of what ``gather`` yields where it belongs."""
+        _scatter(predicted, segments, reach, scores)
 
     def save(self) -> tuple:
         """What ``restore`` takes."""

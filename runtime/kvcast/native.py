@@ -161,6 +161,8 @@ def kvcast_staging_slots(kv, buffer, /): ...
 def kvcast_pool_upload(kv, buffer, n, /): ...
 @ctypes_function("kvcast_pool_scatter", [kvcast_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32)
 def kvcast_pool_scatter(kv, buffer, n, /) -> int: ...
+@ctypes_function("kvcast_end_prompt", [kvcast_p], None)
+def kvcast_end_prompt(kv, /): ...
 @ctypes_function("kvcast_collect", [kvcast_p], ctypes.c_int32)
 def kvcast_collect(kv, /) -> int: ...
 
@@ -307,7 +309,7 @@ class Attached:
             raise RuntimeError(f"the device could not take in {n} blocks")
 
     def collect(self) -> None:
-        """After a sparse step of the device path: bring the new rows to the store; ``take_taps`` then has the scores.
+        """After llama_decode: bring rows that are still on a GPU to the store; ``take_taps`` then has a sparse step's scores.
 
         Raises
         ------
@@ -317,6 +319,10 @@ class Attached:
         failed = kvcast_collect(self._kv)
         if failed:
             raise RuntimeError("an attention callback failed" if failed == 1 else "the step was stopped")
+
+    def end_prompt(self) -> None:
+        """Free what only prompts need on the device."""
+        kvcast_end_prompt(self._kv)
 
     def verify_pool(self) -> int:
         """Slots in use that differ from the block of the store that the table names."""

@@ -48,8 +48,34 @@ def _spread(scores, begin, end, total, floor, cap, keep):
 
 
 @numba.njit(nogil=True, cache=True)
+def _largest(values, n, counts, inside):
+    """The n-th largest of ``values``, and how many are larger. ``counts`` (4096,) and ``inside`` (len(values),) are scratch."""
+    # floats from zero up are ordered as their bits are: count by the upper ones, then look into one group
+    counts[:] = 0
+    for i in range(len(values)):
+        inside[i] = values[i] if values[i] > 0 else np.float32(0)
+    bits = inside.view(np.uint32)
+    for i in range(len(bits)):
+        counts[bits[i] >> 20] += 1
+    group, n_larger = 4095, 0
+    while n_larger + counts[group] < n:
+        n_larger += counts[group]
+        group -= 1
+    m = 0
+    for i in range(len(values)):
+        if bits[i] >> 20 == group:
+            inside[m] = inside[i]
+            m += 1
+    largest = -np.partition(-inside[:m], n - n_larger - 1)[n - n_larger - 1]
+    for i in range(m):
+        n_larger += inside[i] > largest
+    return largest, n_larger
+
+
+@numba.njit(nogil=True, cache=True)
 def _select(scores, n_sink, window_begin, n_used, keep, blocks, n_listed, shares):
     n_middle = window_begin - n_sink
+    counts, inside = np.empty(4096, np.int64), np.empty(n_middle, np.float32)
     for row in range(scores.shape[0]):
         n = 0
         for b in range(n_sink):
@@ -60,12 +86,8 @@ def _select(scores, n_sink, window_begin, n_used, keep, blocks, n_listed, shares
         threshold = np.float32(np.inf)
         n_equal = 0
         if n_keep > 0:
-            threshold = -np.partition(-scores[row, n_sink:window_begin], n_keep - 1)[n_keep - 1]
-            n_above = 0
-            for b in range(n_sink, window_begin):
-                if scores[row, b] > threshold:
-                    n_above += 1
-            n_equal = n_keep - n_above
+            threshold, n_larger = _largest(scores[row, n_sink:window_begin], n_keep, counts, inside)
+            n_equal = n_keep - n_larger
         for b in range(n_sink, window_begin):
             s = scores[row, b]
             take = s > threshold

@@ -232,6 +232,7 @@ class Session:
             if self.on_primed is not None:
                 self.on_primed(self.attached.history_scores[:, : len(part)])
             self._report(i + n_taps, len(tokens))
+        self.attached.end_prompt()
         self._drop_set()
         self._since_calibration = 0  # the last tokens were dense: every score is new
         if self.weights is not None and self.n_tokens >= 2 * self._n_summarised:
@@ -307,6 +308,7 @@ class Session:
     def finish_decode(self) -> None:
         """When llama_decode has returned: what must succeed for the step to count. A RuntimeError undoes the step."""
         self._wait()  # before the scores that it reads are renewed
+        self.attached.collect()
 
     def observe_truth(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""

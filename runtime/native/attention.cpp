@@ -2,6 +2,7 @@
 #include "context.h"
 #include "kvcast-graph.h"
 #include "pool.h"
+#include "stream.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -217,8 +218,6 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
     }
 }
 
-constexpr int64_t MIN_ON_GPU = 32; // tokens for which ggml too brings host memory to a GPU
-
 // Scores that a GPU made: sums over the query heads of a group, [n_blocks of the batch * n_tokens, n_head_kv].
 void op_collect(ggml_tensor * dst, int ith, int nth, void * userdata) {
     auto & layer = *static_cast<kvcast_layer *>(userdata);
@@ -287,7 +286,13 @@ public:
         auto & kv = *cparams.kvcast;
         if (!pooled) {
             GGML_ASSERT(ggml_backend_buffer_is_host(self_k_idxs->buffer));
-            kv.begin_step(*ubatch, (const int64_t *) self_k_idxs->data);
+            const auto * cells = (const int64_t *) self_k_idxs->data;
+            if (kv.mode != KVCAST_DENSE) {
+                kv.begin_step(*ubatch, cells);
+            }
+            if (kv.stream) {
+                kvcast::begin_stream(kv, cells, ubatch->n_tokens);
+            }
             return;
         }
         // the graph does not write to the store, so nobody asked where
@@ -304,7 +309,8 @@ public:
         const bool sparse = params.cparams.kvcast_mode == KVCAST_SPARSE && params.ubatch.n_tokens == 1;
         const auto * pool = params.cparams.kvcast->pool.get();
         if (!sparse || pooled != (pool != nullptr)) {
-            return !pooled && llm_graph_input_attn_kv::can_reuse(params);
+            const auto * stream = params.cparams.kvcast->stream.get();
+            return !pooled && llm_graph_input_attn_kv::can_reuse(params) && (!stream || kvcast::stream_is_current(*stream));
         }
         // the nodes read the cells that they are told to: the padded number of cells, and the mask, play no part
         mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
@@ -377,7 +383,7 @@ ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cg
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il) {
     const int64_t n_tokens = q->ne[2];
     GGML_ASSERT(kv->group() <= kvcast::MAX_GROUP);
-    if (n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
+    if (mode == KVCAST_STREAM || n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
         return nullptr;
     }
     auto * layer = kv->layers[il].get();
@@ -387,7 +393,7 @@ ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cg
         return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);
     }
     const bool on_gpu = ggml_backend_dev_type(kv->ctx->get_model().dev_layer(il)) == GGML_BACKEND_DEVICE_TYPE_GPU;
-    if (on_gpu && n_tokens >= MIN_ON_GPU && k->type == GGML_TYPE_F16 && kv->trace_q.empty()) { // other types want rows that lie together
+    if (on_gpu && n_tokens >= kvcast::MIN_ON_GPU && kv->scores_on_gpu()) {
         ggml_tensor * made[] = {score_on_gpu(*kv, ctx, q, k, mask, kq_scale, il), q};
         ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, made, 2, op_collect, GGML_N_TASKS_MAX, layer));
         return nullptr;

@@ -1,6 +1,7 @@
 #include "context.h"
 #include "kvcast-graph.h"
 #include "pool.h"
+#include "stream.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -244,9 +245,11 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
     }
 
     kv->pin_store();
+    kv->stream = kvcast::make_stream(*kv);
 
     ctx->set_abort_callback([](void * user) { return static_cast<kvcast_context *>(user)->abort.load(); }, kv.get());
     const_cast<llama_cparams &>(ctx->get_cparams()).kvcast = kv.get();
+    kvcast_set_mode(kv.get(), KVCAST_DENSE);
 
     return kv.release();
 }
@@ -256,9 +259,15 @@ void kvcast_detach(kvcast_context * kv) {
         return;
     }
     kv->ctx->synchronize();
+    auto & cparams = const_cast<llama_cparams &>(kv->ctx->get_cparams());
+    if (kv->stream) {
+        kvcast::release_stream(*kv);
+        kv->stream      = nullptr;
+        cparams.cb_eval = nullptr;
+    }
     kvcast_set_mode(kv, KVCAST_DENSE);
     kv->unpin_store();
-    const_cast<llama_cparams &>(kv->ctx->get_cparams()).kvcast = nullptr;
+    cparams.kvcast = nullptr;
     kv->ctx->set_abort_callback(nullptr, nullptr);
     delete kv;
 }
@@ -268,7 +277,12 @@ void kvcast_set_mode(kvcast_context * kv, int32_t mode) {
         kv->known = false; // dense batches do not pass through begin_step
     }
     kv->mode = mode;
-    const_cast<llama_cparams &>(kv->ctx->get_cparams()).kvcast_mode = mode;
+    auto & cparams = const_cast<llama_cparams &>(kv->ctx->get_cparams());
+    cparams.kvcast_mode = mode == KVCAST_DENSE && kv->stream ? KVCAST_STREAM : mode;
+    if (kv->stream) {
+        cparams.cb_eval           = mode == KVCAST_SPARSE ? nullptr : kvcast::stream_callback;
+        cparams.cb_eval_user_data = kv;
+    }
 }
 
 // ---- the tables of a step
@@ -445,6 +459,9 @@ void kvcast_invalidate(kvcast_context * kv, int32_t first_cell) {
     kv->known = false;
     if (kv->pool) {
         kv->pool->step_open = false;
+    }
+    if (kv->stream) {
+        kvcast::release_stream(*kv);
     }
     if (kv->summary) {
         for (auto & n : kv->summary->n_done) {

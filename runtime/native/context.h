@@ -11,10 +11,18 @@
 
 class  llama_kv_cache;
 struct kvcast_pool;
+struct kvcast_stream;
 struct ggml_tensor;
 struct llama_ubatch;
 
 struct kvcast_context;
+
+// a mode of graphs only: dense, with K and V streamed to the GPU
+constexpr int KVCAST_STREAM = 3;
+
+namespace kvcast {
+constexpr int64_t MIN_ON_GPU = 32; // tokens for which ggml too brings host memory to a GPU
+} // namespace kvcast
 
 // Of the store's keys, what lets the attention to any block be estimated from a small part of the bytes: for every KV head
 // the `n_channels` channels that move the logits most, as 8-bit codes of every key, and the mean key of every block. A step
@@ -114,6 +122,7 @@ struct kvcast_context {
 
     std::unique_ptr<kvcast_summary> summary; // nullptr: none
     std::unique_ptr<kvcast_pool>    pool;    // nullptr: attention in place (the host path)
+    std::unique_ptr<kvcast_stream>  stream;  // nullptr: large batches as in stock llama.cpp
 
     std::vector<void *> pinned;             // buffers of the store that are registered with the device
 
@@ -128,6 +137,8 @@ struct kvcast_context {
     ~kvcast_context();
 
     int group() const { return info.n_head/info.n_head_kv; }
+    // of large history batches; other types want rows that lie together, and traces are kept on the host
+    bool scores_on_gpu() const { return info.type_k == GGML_TYPE_F16 && trace_q.empty(); }
 
     // before the graph runs; cells: indices of the cells that the tokens of the batch go to
     void begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled = false);

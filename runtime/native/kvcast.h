@@ -137,9 +137,11 @@ LLAMA_API int64_t * kvcast_staging_slots(struct kvcast_context * kv, int32_t buf
 // Brings the first n blocks of a staging buffer to the device, and returns when they are there.
 LLAMA_API void    kvcast_pool_upload (struct kvcast_context * kv, int32_t buffer, int32_t n);
 LLAMA_API int32_t kvcast_pool_scatter(struct kvcast_context * kv, int32_t buffer, int32_t n); // 0 on success
-// After each sparse llama_decode(): brings K and V of the new token into the store, and fills the trace. 1: an attention callback failed; 2: kvcast_abort was called; then the caller must remove the
-// step's token.
+// After each llama_decode(): what is still on a GPU of K and V of its tokens comes into the store; after a sparse step of the
+// device path the trace is filled. 1: an attention callback failed; 2: kvcast_abort was called; then the caller must remove the tokens.
 LLAMA_API int32_t kvcast_collect(struct kvcast_context * kv);
+// Frees what only prompts need on a GPU: K and V of two layers, through which large batches attend to the store.
+LLAMA_API void    kvcast_end_prompt(struct kvcast_context * kv);
 // Its scores, from what was read back; the table may have changed since: n_listed [n_layer*n_head_kv] is that of the step. May run
 // beside the next step, until that is collected.
 LLAMA_API void kvcast_take_taps(struct kvcast_context * kv, const int32_t * n_listed);

@@ -1,6 +1,7 @@
 // The device path: slots on a device, blocks scattered into them, attention over them, and what a step leaves behind.
 #include "context.h"
 #include "pool.h"
+#include "stream.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -46,13 +47,8 @@ static bool place(kvcast_pool & pool, ggml_backend_buffer_type_t type, const std
     return true;
 }
 
-// Memory on the host that the device copies from and to, pinned where it can be.
 static uint8_t * host_memory(kvcast_pool & pool, size_t bytes) {
-    auto * type = ggml_backend_dev_host_buffer_type(pool.device);
-    ggml_backend_buffer_ptr buffer(type ? ggml_backend_buft_alloc_buffer(type, bytes) : nullptr);
-    if (!buffer) {
-        buffer.reset(ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), bytes));
-    }
+    auto buffer = kvcast::host_buffer(pool.device, bytes);
     if (!buffer) {
         return nullptr;
     }
@@ -380,11 +376,14 @@ int32_t kvcast_pool_scatter(kvcast_context * kv, int32_t buffer, int32_t n) {
 }
 
 int32_t kvcast_collect(kvcast_context * kv) {
+    if (kv->stream) {
+        kvcast::finish_stream(*kv);
+    }
+    if (!kv->pool || !kv->pool->step_open) {
+        return kv->stream && kv->abort ? 2 : 0;
+    }
     auto & pool = *kv->pool;
     const auto & info = kv->info;
-    if (!pool.step_open) {
-        return 0;
-    }
     pool.step_open = false;
     ggml_backend_tensor_get_async(main_queue(*kv), pool.outbox, pool.received, 0, ggml_nbytes(pool.outbox));
     kv->ctx->synchronize();
