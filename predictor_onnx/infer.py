@@ -46,10 +46,9 @@ class StreamPredictor:
         if isinstance(n_wanted, int) and n_wanted != n_given:
             raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
         check(self.run(np.full((2, n_given, 33), 0.01, np.float32)), (2, 33), name)
-        self._reach = self._find_reach(n_given)
+        self._reach = None if self.on_gpu else self._find_reach(n_given)  # a GPU takes long for each new length
         self._kept: Floats | None = None
         self._kept_at = np.empty(0, np.int64)  # by row: history.clock when its scores were computed
-        self._epoch = -1
         self._lock = threading.Lock()  # several threads ask for rows of their own
 
     def _find_reach(self, n_given: int) -> int | None:
@@ -67,8 +66,8 @@ class StreamPredictor:
             return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
         with self._lock:
             shape = len(history.averages), history.averages.shape[2]
-            if self._kept is None or self._kept.shape != shape or self._epoch != history.epoch:
-                self._kept, self._kept_at, self._epoch = np.zeros(shape, np.float32), np.full(shape[0], -1, np.int64), history.epoch
+            if self._kept is None or self._kept.shape != shape:
+                self._kept, self._kept_at = np.zeros(shape, np.float32), np.full(shape[0], -1, np.int64)
             kept = self._kept
         now = history.clock
         segments = history.changed(rows, n_blocks, self._kept_at, reach)

@@ -22,6 +22,7 @@ import itertools
 import json
 import statistics
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -114,6 +115,28 @@ def record(model: Path, text: Path, n_context: int, budget: int, n_steps: int = 
     print(f"{len(shares)} selections, {statistics.mean(shares):.3f} of the critical blocks new in the mean")
 
 
+class Peak:
+    """Context manager: the most GPU memory that was in use, in MiB over ``empty``, looked at four times a second."""
+
+    def __init__(self, empty: int):
+        self.mib = 0
+        self._empty = empty
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.25):
+            self.mib = max(self.mib, gpu_memory_mib() - self._empty)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
 class Table:
     """Rows, printed and written as they come."""
 
@@ -128,8 +151,8 @@ class Table:
         self.options.out.write_text(json.dumps({**about, "rows": self.rows}, indent=2))
         print(" ".join(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
 
-    def load(self, n_context: int, **more) -> tuple[Llama, float]:
-        """A model that has read a context, and how fast."""
+    def load(self, n_context: int, **more) -> tuple[Llama, dict]:
+        """A model that has read a context, how fast, and the GPU memory in use meanwhile."""
         make = dict(n_gpu_layers=-1, n_batch=self.options.ubatch, n_ubatch=self.options.ubatch, n_ctx=n_context + 1024, verbose=False)
         if self.options.threads:
             more["n_threads"] = self.options.threads
@@ -137,9 +160,11 @@ class Table:
         tokens = np.random.default_rng(1).integers(100, 20000, n_context).tolist()
         llm.eval(tokens[: self.options.ubatch])  # what is loaded and compiled once
         llm.reset()
-        begin = time.perf_counter()
-        llm.eval(tokens)
-        return llm, n_context / (time.perf_counter() - begin)
+        with Peak(self.empty_mib) as peak:
+            begin = time.perf_counter()
+            llm.eval(tokens)
+            seconds = time.perf_counter() - begin
+        return llm, {"prefill_tok_s": n_context / seconds, "prefill_peak_mib": peak.mib}
 
     def sparse(self, llm: Llama, n_context: int, how: str, config: SparseConfig, **more) -> None:
         llm.session.configure(config)
@@ -174,7 +199,7 @@ def main() -> None:
     parser.add_argument("--variants-at", type=int, default=32768)
     parser.add_argument("--threads", type=int, help="of all rows; else the defaults, and all cores for dense with KV on the host")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=128, help="of a round; at its begin every set is selected anew")
     parser.add_argument("--ubatch", type=int, default=2048)
     parser.add_argument("--record", type=Path, help="a text: record how sets change, instead of measuring")
     parser.add_argument("--out", type=Path, default=Path("gpu_table.json"))
@@ -190,20 +215,18 @@ def main() -> None:
         if "dense" in options.paths:
             llm, prefill = table.load(n_context, flash_attn=True)
             tok_s = rounds(llm, n_context, options.steps, options.rounds)
-            table.add(
-                context=n_context, how="dense, KV on GPU", tok_s=tok_s, prefill_tok_s=prefill, gpu_mib=gpu_memory_mib() - table.empty_mib
-            )
+            table.add(context=n_context, how="dense, KV on GPU", tok_s=tok_s, **prefill, gpu_mib=gpu_memory_mib() - table.empty_mib)
             llm.close()
             if n_context <= options.host_dense_max:
                 llm, prefill = table.load(n_context, flash_attn=True, offload_kqv=False, n_threads=psutil.cpu_count(logical=False))
                 tok_s = rounds(llm, n_context, 16, 1)
-                table.add(context=n_context, how="dense, KV on host", tok_s=tok_s, prefill_tok_s=prefill)
+                table.add(context=n_context, how="dense, KV on host", tok_s=tok_s, **prefill)
                 llm.close()
         if "host" in options.paths:
             configs = [SparseConfig(budget=int(b), path="host") for b in options.budgets.split(",")]
             llm, prefill = table.load(n_context, sparse=configs[0])
             for config in configs:
-                table.sparse(llm, n_context, f"host {config.budget}", config, prefill_tok_s=prefill)
+                table.sparse(llm, n_context, f"host {config.budget}", config, **prefill)
             llm.close()
         if "device" in options.paths:
             config = SparseConfig(budget=options.budget or max(2048, n_context // 16), path="device")
@@ -213,7 +236,7 @@ def main() -> None:
             whole = info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes)
             table.add(context=n_context, how="the whole KV to the GPU at every step, copies alone", tok_s=1 / link.seconds(whole))
             replay(llm.session, shares)
-            table.sparse(llm, n_context, f"device {config.budget}", config, prefill_tok_s=prefill)
+            table.sparse(llm, n_context, f"device {config.budget}", config, **prefill)
             if n_context == options.variants_at:
                 for name, change in (
                     ("no prefetch", {"prefetch": False}),

@@ -1,7 +1,6 @@
 """The device path: kernels against their twins, the pool against the store after every step, and what runs beside the steps."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np

@@ -29,7 +29,8 @@ from .sizes import STAGING_SHARE
 
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
 N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU; llama.cpp has the other cores
-PART_MIN = 1 << 16  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
+PART_MIN = 1 << 15  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
+STILL_BUSY = 200  # microseconds; when a step's results take longer to come, the device was computing all the time
 CAP = 8  # a layer's slots: at most so many times the mean
 
 
@@ -134,7 +135,6 @@ class DeviceSession(Session):
             self._dense_step(token, decode, n_used)
         else:
             self._place_set(n_used)
-            self.attended, self.n_attended = self.blocks, self.n_listed
             self._run(native.SPARSE, [token], decode)
             self._seen = True
         self.times.moves.append(self.pool.n_moved - moved)
@@ -150,9 +150,23 @@ class DeviceSession(Session):
             self._helpers.shutdown()
 
     def finish_decode(self) -> None:
+        waited = self.times.wait
         self._wait()
         self.take_in()  # before the next scores come
+        if not self.in_sparse_step:
+            self.attached.collect()
+            return
+        longest = int(self.n_listed.max())
+        self.attended, self.n_attended = self.blocks[:, :longest].copy(), self.n_listed.copy()
+        self.step_shares = self.shares.copy()
+        if not self.attached.has_callback:  # which looks at the table
+            self._take_staged()  # while the device still computes, which comes first on its queue
+        before = self.attached.stats.device_us
         self.attached.collect()
+        if self.attached.stats.device_us - before > STILL_BUSY:
+            self.times.wait = waited
+        if not self.frozen:
+            self._unlearned = self.attended, self.n_attended, self.step_shares
 
     # ---- inside
 
@@ -169,11 +183,9 @@ class DeviceSession(Session):
         return self._n_sink + self._n_window
 
     def _learn(self) -> None:
-        """Only note what a sparse step attended to: its scores are taken into the history beside the next one."""
+        """The scores of a sparse step are taken into the history beside the next one."""
         if not self.in_sparse_step:
-            return super()._learn()
-        longest = int(self.n_attended.max())
-        self._unlearned = self.attended[:, :longest].copy(), self.n_attended.copy(), self.shares.copy()
+            super()._learn()
 
     def take_in(self) -> None:
         if self._unlearned is not None:
@@ -188,11 +200,18 @@ class DeviceSession(Session):
 
     def _dense_step(self, token: int, decode: Callable[[Sequence[int]], None], n_used: int) -> None:
         """Attend to the whole store; its exact scores go to the history as those of a full list."""
-        self._run(native.HISTORY, [token], decode)
+        n_threads = native.llama_cpp.llama_n_threads(self.ctx)
+        n_all = native.llama_cpp.llama_n_threads_batch(self.ctx)
+        native.llama_cpp.llama_set_n_threads(self.ctx, n_all, n_all)  # attention runs beside the store
+        try:
+            self._run(native.HISTORY, [token], decode)
+        finally:
+            native.llama_cpp.llama_set_n_threads(self.ctx, n_threads, n_all)
         list_all(n_used, self._lists, self._lengths)
         self.attended, self.n_attended = self._lists, self._lengths
         self.scores[:, :n_used] = self.attached.history_scores[:, 0].reshape(self.n_rows, -1)[:, :n_used]
         self.shares[:] = 1.0
+        self.step_shares = self.shares
         self._since_calibration = 0
         self._drop_set()
         self.pool.forget_from(n_used - 1)  # the new row is in the store only
@@ -231,15 +250,10 @@ class DeviceSession(Session):
             self._take_wanted(self._all_rows)
             self._age = 0
         else:
-            due = None
-            if self._staged is not None:
-                self.pool.apply(self._buffer, self._n_staged)
-                self._buffer = 1 - self._buffer
-                due, self._staged = self._staged, None
-            elif not self.config.prefetch and not self.frozen:
+            self._take_staged()
+            if not self.config.prefetch and not self.frozen:
                 due = self._group(self._age % self.config.steps_held)
                 self._select_wanted(n_used, due)
-            if due is not None:
                 self._take_wanted(self._all_rows[due])
             if n_used > self._n_place_used:
                 self._open_block(n_used)
@@ -252,6 +266,14 @@ class DeviceSession(Session):
                 self._beside((self.n_tokens + 1) // native.BLOCK_TOKENS + 1, rows)
             elif calibrates:
                 self._calibrate()
+
+    def _take_staged(self) -> None:
+        """What was staged beside a step goes into its slots."""
+        if self._staged is not None:
+            self.pool.apply(self._buffer, self._n_staged)
+            self._buffer = 1 - self._buffer
+            due, self._staged = self._staged, None
+            self._take_wanted(self._all_rows[due])
 
     def _take_wanted(self, which: np.ndarray) -> None:
         """Bring what is still missing of the rows' wanted sets into the pool, and attend to them from now on."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .native import BLOCK_TOKENS
 
-PART_MIN = 1 << 15  # rows * listed blocks from which a share of that is worth a thread
+PART_MIN = 1 << 15  # listed blocks from which a share of that is worth a thread
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.97)  # the first is the last score itself
 
 
@@ -168,7 +168,7 @@ class History:
         """
         self.clock += 1
         n_rows = len(n_listed)
-        n_parts = max(1, n_rows * blocks.shape[1] // PART_MIN)
+        n_parts = max(1, min(n_rows, int(n_listed.sum()) // PART_MIN))
         parts = [slice(n_rows * i // n_parts, n_rows * (i + 1) // n_parts) for i in range(n_parts)]
         spread([
             (_observe_listed, self.averages[p], self._seen[p], self.clock, self._decays, blocks[p], n_listed[p], scores[p], shares[p])
@@ -235,16 +235,22 @@ class History:
         """Back to what was saved; counts as an edit."""
         averages, ring, self._n_in_ring, self.n_observed = saved
         self.averages[:] = averages
+        self._changed_from(0)
         if self._ring is None or ring is None or self._ring.shape != ring.shape:
             self._n_in_ring = 0
         else:
             self._ring[:] = ring
         self.epoch += 1
 
+    def _changed_from(self, block: int) -> None:
+        self.clock += 1
+        self._seen[:, block:] = self.clock
+
     def truncate(self, n_tokens: int) -> None:
         """Drop what is known of blocks at or past the cell ``n_tokens``; everything when it is 0."""
         first = n_tokens // BLOCK_TOKENS
         self.averages[:, :, first:] = 0
+        self._changed_from(first)
         if self._ring is not None:
             self._ring[:, :, first:] = 0
         if n_tokens == 0:

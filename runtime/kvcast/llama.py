@@ -14,7 +14,7 @@ import psutil
 
 from . import native, sizes
 from .config import SparseConfig
-from .device import N_HELPERS, DeviceSession
+from .device import DeviceSession
 from .errors import CallbackError, GenerationError, ModelError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
@@ -25,6 +25,7 @@ from llama_cpp import _logger  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
+STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
 
 
@@ -37,7 +38,7 @@ class Llama(llama_cpp.Llama):
         A GGUF file.
     sparse : SparseConfig or None
         None is stock behaviour, to the bit. With a config the KV cache is kept in host memory, flash attention is on
-        and, unless ``n_threads`` is given, all physical cores are used (half of them on the device path with a GPU). With a GPU,
+        and, unless ``n_threads`` is given, all physical cores are used (for steps over a pool on a GPU two). With a GPU,
         ``n_batch`` and ``n_ubatch`` are 2048 unless one is given.
     **kwargs
         Those of ``llama_cpp.Llama``. Unknown ones are an error.
@@ -56,6 +57,7 @@ class Llama(llama_cpp.Llama):
 
     def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
         self._session: Session | None = None
+        self._n_cached = -1  # tokens in the KV cache, as far as is certain
         self._log_level: int | None = None  # of llama.cpp's messages, while an interrupt silences them
         unknown = [name for name in kwargs if name not in _ARGUMENTS or name == "kwargs"]
         if unknown:
@@ -65,8 +67,7 @@ class Llama(llama_cpp.Llama):
             _refuse_contradictions(kwargs)
             n_cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
             on_gpu = llama_cpp.llama_supports_gpu_offload() and kwargs.get("n_gpu_layers", 0)
-            # beside a GPU half of the cores select blocks
-            kwargs = {"n_threads": max(1, n_cores - N_HELPERS) if sparse.device and on_gpu else n_cores, **kwargs}
+            kwargs = {"n_threads": STEP_THREADS if sparse.device and on_gpu else n_cores, **kwargs}
             if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & kwargs.keys():
                 kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
             kwargs.update(offload_kqv=False, flash_attn=True)
@@ -152,8 +153,12 @@ class Llama(llama_cpp.Llama):
         assert session is not None
         n_before = self.n_tokens
         try:
-            super().eval(tokens)
+            if len(tokens) == 1 and self._n_cached == n_before and not self._logits_all:
+                self._eval_next(tokens[0])
+            else:
+                super().eval(tokens)
             session.finish_decode()
+            self._n_cached = self.n_tokens
         except RuntimeError as error:
             self.n_tokens = n_before
             reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
@@ -167,8 +172,17 @@ class Llama(llama_cpp.Llama):
             self._after_failure()
             raise
 
+    def _eval_next(self, token: int) -> None:
+        """As the inherited ``eval``, without the removal of what lies past the end, which looks at every cell: nothing does."""
+        self._batch.set_batch(batch=[token], n_past=self.n_tokens, logits_all=False)
+        self._ctx.decode(self._batch)
+        self.input_ids[self.n_tokens] = token
+        self.n_tokens += 1
+        self._requires_eval = False
+
     def _after_failure(self) -> None:
         assert self._session is not None
+        self._n_cached = -1
         self._clear_abort()
         self._session.truncate(self.n_tokens)
 
@@ -176,6 +190,7 @@ class Llama(llama_cpp.Llama):
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """As in llama-cpp-python; the history is made again at the next evaluation, from the last 64 tokens."""
+        self._n_cached = -1
         super().load_state(state)
         if self._session is not None:
             self._session.forget()

@@ -93,7 +93,9 @@ class kvcast_pool_info(ctypes.Structure):
 
 
 class kvcast_stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read", "choose_us", "summary_bytes_read")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read", "choose_us", "summary_bytes_read", "device_us")
+    ]
 
 
 # fmt: off
@@ -359,6 +361,11 @@ class Attached:
 
     def reset_stats(self) -> None:
         kvcast_reset_stats(self._kv)
+
+    @property
+    def has_callback(self) -> bool:
+        """Whether an attention callback is set."""
+        return bool(self._callback)
 
     def set_attention_callback(self, fn: Callable[..., int] | int | None) -> None:
         """``fn(user, layer, pos, scores, n_taps, n_head_kv, stride)`` or its address, as in kvcast.h; None removes it."""

@@ -24,7 +24,7 @@ from .selection import append_block, list_all, select, select_free
 HISTORY_TOKENS = 64  # of a prompt, in history mode
 GUARD_TOKENS = 8  # of those, held back to try the predictor on
 GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
-HISTORY_BYTES_MAX = 256 << 20  # of their scores, on the host
+HISTORY_BYTES_MAX = 1 << 30  # of their scores, on the host
 OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
 AttentionFn = Callable[[int, int, np.ndarray], None]
@@ -47,7 +47,7 @@ class StepTimes:
     select: float = 0.0
     observe: float = 0.0
     gather: float = 0.0  # device path: from the store, and up
-    wait: float = 0.0  # for a selection that ran beside the step
+    wait: float = 0.0  # for what runs beside the step, after the step's own computing was done; an upper bound where that is a GPU's
     calibrate: float = 0.0  # whole duration of the calibrating steps
     blocks_read: int = 0
     blocks_dense: int = 0  # that a dense step would have read
@@ -268,7 +268,7 @@ class Session:
         self._n_listed_blocks = n_used
 
         before = self.attached.stats
-        self.attended, self.n_attended = self.blocks, self.n_listed + self.n_free
+        self.attended, self.n_attended, self.step_shares = self.blocks, self.n_listed + self.n_free, self.shares
         position = self.n_tokens
         self._run(native.SPARSE, [token], decode)
         self._observe(before, begin, n_used)
@@ -282,7 +282,7 @@ class Session:
         times, observed = self.times, time.perf_counter()
         if not self.frozen:
             self._learn()
-            self._poor = float(self.shares.mean()) < self.config.min_recovery
+            self._poor = float(self.step_shares.mean()) < self.config.min_recovery
         after = self.attached.stats
         end = time.perf_counter()
         times.n_steps += 1
@@ -290,7 +290,7 @@ class Session:
         times.total += end - begin
         times.blocks_read += int(self.n_attended.sum())
         times.blocks_dense += n_used * self.n_rows
-        times.share_sum += float(self.shares.mean())
+        times.share_sum += float(self.step_shares.mean())
         times.attention_us += after.attention_us - before.attention_us
         times.choose_us += after.choose_us - before.choose_us
         times.summary_bytes_read += after.summary_bytes_read - before.summary_bytes_read
@@ -300,7 +300,7 @@ class Session:
 
     def _learn(self) -> None:
         """Take the scores of a sparse step into the history."""
-        self.history.observe_listed(self.attended, self.n_attended, self.scores, self.shares)
+        self.history.observe_listed(self.attended, self.n_attended, self.scores, self.step_shares)
 
     def take_in(self) -> None:
         """Have the last step's ``scores``, and the history, up to date now; on the device path that happens beside the next step."""

@@ -127,7 +127,7 @@ def record(llm: Llama, tokens: Sequence[int], n_context: int, name: str) -> Trac
         session.take_in()
         blocks, n_attended = recorder.lists[0]
         r, c = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
-        seen[i, r, blocks[r, c]] = encode(session.scores[r, c] * session.shares[r])
+        seen[i, r, blocks[r, c]] = encode(session.scores[r, c] * session.step_shares[r])
         begin, end = session.free_range
         if session.estimates is not None and end:
             estimate[i, rows, np.arange(begin, end)] = encode(session.estimates[:, begin:end])

@@ -227,11 +227,12 @@ void op_collect(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor * q    = dst->src[1];
     const int64_t n_taps = q->ne[2];
     const int64_t n      = sums->ne[0]/n_taps;
+    const float   weight = kv.sum_factor/kv.group();
     for (int64_t row = ith; row < n_taps*info.n_head_kv; row += nth) {
         const float * src = (const float *) sums->data + (row%info.n_head_kv)*sums->ne[0] + row/info.n_head_kv*n;
         float * dst_row = &kv.history_scores[((size_t) layer.id*info.max_taps*info.n_head_kv + row)*info.n_blocks];
         for (int64_t b = 0; b < n; ++b) {
-            dst_row[b] = src[b]/kv.group();
+            dst_row[b] = src[b]*weight;
         }
         std::fill(dst_row + n, dst_row + info.n_blocks, 0.0f);
     }
@@ -257,7 +258,7 @@ ggml_tensor * score_on_gpu(kvcast_context & kv, ggml_context * ctx, ggml_tensor 
     auto * logits = there(ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q));
     ggml_prec_set_acc(logits, GGML_PREC_F32);
     auto * probs  = there(ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f));
-    auto * sums   = there(ggml_sum_rows(ctx, ggml_reshape_2d(ctx, probs, KVCAST_BLOCK, n*kv.info.n_head)));
+    auto * sums   = there(kvcast::block_sums(ctx, probs, ggml_backend_get_device(backend), kv.sum_factor));
     const auto of_group = [&](int g) {
         return ggml_view_2d(ctx, sums, n, kv.info.n_head_kv, kv.group()*n*sizeof(float), g*n*sizeof(float));
     };
@@ -323,6 +324,17 @@ private:
 };
 
 } // namespace
+
+ggml_tensor * kvcast::block_sums(ggml_context * ctx, ggml_tensor * probs, ggml_backend_dev_t device, float & factor) {
+    auto * means = ggml_pool_1d(ctx, probs, GGML_OP_POOL_AVG, KVCAST_BLOCK, KVCAST_BLOCK, 0);
+    factor = KVCAST_BLOCK;
+    // a CPU pools on one thread; a GPU spends a whole block of threads on each short row that it sums
+    if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_backend_dev_supports_op(device, means)) {
+        return means;
+    }
+    factor = 1.0f;
+    return ggml_sum_rows(ctx, ggml_reshape_2d(ctx, probs, KVCAST_BLOCK, ggml_nelements(probs)/KVCAST_BLOCK));
+}
 
 float * kvcast::thread_scratch(size_t n) {
     static thread_local std::vector<float> buffer;

@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "kvcast.h"
 
+#include "ggml-backend.h"
+
 #include <atomic>
 #include <memory>
 #include <string>
@@ -12,6 +14,7 @@
 class  llama_kv_cache;
 struct kvcast_pool;
 struct kvcast_stream;
+struct ggml_context;
 struct ggml_tensor;
 struct llama_ubatch;
 
@@ -124,6 +127,8 @@ struct kvcast_context {
     std::unique_ptr<kvcast_pool>    pool;    // nullptr: attention in place (the host path)
     std::unique_ptr<kvcast_stream>  stream;  // nullptr: large batches as in stock llama.cpp
 
+    float sum_factor = 1.0f;                // of block sums of the last history graph on a GPU
+
     std::vector<void *> pinned;             // buffers of the store that are registered with the device
 
     kvcast_attention_callback callback = nullptr;
@@ -166,6 +171,10 @@ private:
 };
 
 namespace kvcast {
+
+// What each block of a row got, of probabilities [n_blocks*16, ...] that lie together: [n_blocks, ...], sums of 16 or, where a device is
+// better at that, their means; `factor` makes sums of it.
+ggml_tensor * block_sums(ggml_context * ctx, ggml_tensor * probs, ggml_backend_dev_t device, float & factor);
 
 // of a step, by token and query head
 struct queries {

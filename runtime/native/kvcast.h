@@ -79,6 +79,7 @@ struct kvcast_stats {
     int64_t blocks_read;    // blocks read by those steps, summed over layers and KV heads
     int64_t choose_us;      // time in choosing blocks, likewise
     int64_t summary_bytes_read; // by choosing
+    int64_t device_us;      // that kvcast_collect waited for the device, the device path's steps
 };
 
 LLAMA_API const char * kvcast_version(void);

@@ -196,16 +196,18 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
         const size_t n_cells = (size_t) n_slots*KVCAST_BLOCK;
         auto * mask = (ggml_fp16_t *) (pool.sent + pool.masks_at + offset);
         // critical blocks are complete, see kvcast_pool_scatter
-        std::fill_n(mask, n*KVCAST_BLOCK, zero);
-        std::fill(mask + n*KVCAST_BLOCK, mask + n_cells, never);
-        for (int i = 0; i < n_fixed*KVCAST_BLOCK; ++i) {
-            if (kv.cell_pos[table[i/KVCAST_BLOCK]*KVCAST_BLOCK + i%KVCAST_BLOCK] > kv.q_pos[0]) {
-                mask[i] = never;
+        auto & n_made = pool.mask_n[n_slots];
+        for (int g = 0; g < kv.group(); ++g) {
+            auto * row = mask + g*n_cells;
+            if (n_made != n) {
+                std::fill_n(row, n*KVCAST_BLOCK, zero);
+                std::fill(row + n*KVCAST_BLOCK, row + n_cells, never);
+            }
+            for (int i = 0; i < n_fixed*KVCAST_BLOCK; ++i) {
+                row[i] = kv.cell_pos[table[i/KVCAST_BLOCK]*KVCAST_BLOCK + i%KVCAST_BLOCK] > kv.q_pos[0] ? never : zero;
             }
         }
-        for (int g = 1; g < kv.group(); ++g) {
-            memcpy(mask + g*n_cells, mask, n_cells*sizeof(ggml_fp16_t));
-        }
+        n_made = n;
     }
     ggml_backend_tensor_set_async(main_queue(kv), pool.inbox, pool.sent, 0, pool.inbox_used);
     pool.new_cell  = new_cell;
@@ -242,7 +244,7 @@ static void build_taps(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf
         auto * logits = ggml_mul_mat(ctx, k, q);
         ggml_prec_set_acc(logits, GGML_PREC_F32);
         auto * probs  = ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f);
-        auto * shares = ggml_sum_rows(ctx, ggml_reshape_2d(ctx, probs, KVCAST_BLOCK, n_slots*kv.group()*n_rows));
+        auto * shares = kvcast::block_sums(ctx, probs, pool.device, pool.tap_factor);
         ggml_build_forward_expand(gf, into(shares, pool.taps, (size_t) pool.layer_first[layer]*kv.group()*sizeof(float)));
     }
 }
@@ -305,6 +307,7 @@ int32_t kvcast_pool_plan(kvcast_context * kv, const int32_t * n_slots, int32_t n
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return n_slots[a] < n_slots[b]; });
     first = 0;
     pool.mask_at.clear();
+    pool.mask_n.clear();
     size_t mask_bytes = 0;
     for (int rank = 0; rank < kv->info.n_layer; ++rank) {
         const int il = order[rank];
@@ -385,8 +388,10 @@ int32_t kvcast_collect(kvcast_context * kv) {
     auto & pool = *kv->pool;
     const auto & info = kv->info;
     pool.step_open = false;
+    const int64_t begin = ggml_time_us();
     ggml_backend_tensor_get_async(main_queue(*kv), pool.outbox, pool.received, 0, ggml_nbytes(pool.outbox));
     kv->ctx->synchronize();
+    kv->stats.device_us += ggml_time_us() - begin;
     pool.scatters.clear();
     for (auto & s : pool.staged) {
         s.scattering = false;
@@ -425,6 +430,7 @@ void kvcast_take_taps(kvcast_context * kv, const int32_t * n_listed) {
     const auto & pool = *kv->pool;
     const auto & info = kv->info;
     const int group = kv->group();
+    const float weight = pool.tap_factor/group;
     for (int il = 0; il < info.n_layer; ++il) {
         const int n_slots = pool.layer_slots[il];
         const float * taps = pool.received_at(pool.taps) + (size_t) pool.layer_first[il]*group;
@@ -434,7 +440,7 @@ void kvcast_take_taps(kvcast_context * kv, const int32_t * n_listed) {
             std::fill_n(scores, n_listed[row], 0.0f);
             for (int g = 0; g < group; ++g) {
                 for (int i = 0; i < n_listed[row]; ++i) {
-                    scores[i] += taps[g*n_slots + i]/group;
+                    scores[i] += taps[g*n_slots + i]*weight;
                 }
             }
         }

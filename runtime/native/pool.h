@@ -42,6 +42,7 @@ struct kvcast_pool {
     ggml_tensor * new_rows = nullptr;      // I32, the same, for reading them
     ggml_tensor * masks = nullptr;         // F16: by number of slots of a layer [n_slots*16, group], every row the same: its cells
     std::map<int, size_t> mask_at;         // offsets of those in `masks`, by number of slots
+    std::map<int, int>    mask_n;          // slots in use that those on the host were made for
     size_t    masks_at = 0;                // offset of `masks` in the inbox
     size_t    inbox_used = 0;              // bytes
     uint8_t * sent = nullptr;              // the inbox on the host
@@ -53,6 +54,7 @@ struct kvcast_pool {
     ggml_tensor * q      = nullptr;        // F32 [head_dim_k*n_head, n_layer], by rank
     ggml_tensor * taps   = nullptr;        // F32: of every layer [n_slots, n_head] attention probabilities, by rank
     uint8_t * received = nullptr;          // the outbox on the host
+    float     tap_factor = 1.0f;           // makes sums over a block of the taps
 
     int n_slots   = 0;
     int n_staging = 0;

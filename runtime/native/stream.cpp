@@ -13,7 +13,8 @@
 #include <algorithm>
 #include <cstring>
 
-static constexpr int64_t GROW = 16384; // cells
+static constexpr int64_t GROW  = 16384;   // cells
+static constexpr int64_t PIECE = 4 << 20; // bytes: a copy in one piece holds up small ones of the compute
 
 std::unique_ptr<kvcast_stream> kvcast::make_stream(const kvcast_context & kv) {
     const auto & model = kv.ctx->get_model();
@@ -130,8 +131,11 @@ static void next_copy(const kvcast_context & kv) {
 static void bring(kvcast_context & kv, int il) {
     auto & s = *kv.stream;
     const auto copy = [&](ggml_tensor * to, const void * from, int64_t row_bytes) {
-        ggml_backend_tensor_set_async(s.queue.get(), to, from, 0, s.n_before*row_bytes);
-        next_copy(kv);
+        const int64_t n = s.n_before*row_bytes;
+        for (int64_t at = 0; at < n; at += PIECE) {
+            ggml_backend_tensor_set_async(s.queue.get(), to, (const char *) from + at, at, std::min(PIECE, n - at));
+            next_copy(kv);
+        }
     };
     if (s.n_before > 0) {
         copy(s.k[il%2], kv.layers[il]->k, kv.info.k_row_bytes);
