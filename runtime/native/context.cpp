@@ -59,7 +59,7 @@ static std::string why_not(llama_context & ctx) {
     }
     const auto ids = cache->get_layer_ids();
     if (ids.empty()) {
-        return "all layers have sliding windows, which leaves nothing to choose";
+        return "all layers are sliding-window layers, which leaves nothing to choose";
     }
     if (hparams.n_head(ids[0]) > kvcast::MAX_GROUP*hparams.n_head_kv(ids[0])) {
         return "more than " + std::to_string(kvcast::MAX_GROUP) + " query heads share a KV head";
