@@ -3,9 +3,12 @@
 Random weights in the family's shape (tiny.py). docs/coverage.md names these tests.
 """
 
+import re
+
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from kvcast import Llama, SparseConfig, SparseUnsupported, SparseUntested
 from kvcast.native import Attached
 from kvcast.server.proxy import Proxy
@@ -13,7 +16,7 @@ from kvcast.server.settings import ModelSettings
 from kvcast.sizes import KV_TYPES
 from kvcast.support import TESTED
 from test_contract import logits_of
-from test_errors import command, one_sentence
+from test_errors import command
 from tiny import N_VOCAB, SHAPES, UNTESTED, WITH_SINKS, write_tiny
 
 N_PROMPT, N_STEPS = 600, 12
@@ -114,6 +117,11 @@ def test_tested_families_are_those_that_the_tests_run():
     assert TESTED == tuple(sorted({shape.arch for shape in SHAPES.values()}))
 
 
+def test_the_table_of_coverage_is_complete():
+    families = re.findall(r"^\| `(\w+)`.*pytest tests/test_families.py", (ROOT / "docs/coverage.md").read_text(), re.M)
+    assert tuple(sorted(families)) == TESTED
+
+
 def test_an_untested_family_is_asked_for(untested):
     with pytest.raises(SparseUntested, match=r"'internlm2' is untested.* sparse=None .* SparseConfig\(untested=True\)"):
         Llama(untested, n_ctx=1024, sparse=SparseConfig(), verbose=False)
@@ -137,7 +145,6 @@ def test_the_command_line_runs_what_is_untested_dense_and_says_so(untested, with
     assert asked.returncode == 0 and not asked.stderr.strip()
     done = command("chat", "--model", with_sinks, "--context", "512")
     assert done.returncode == 0 and done.stderr.startswith("running dense: the family 'gpt-oss' adds sinks")
-    one_sentence(command("bench", "--model", untested), "untested", "--untested")
 
 
 @pytest.mark.parametrize("asked", [False, True])

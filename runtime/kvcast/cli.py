@@ -310,13 +310,12 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 5,
     sweep: Annotated[bool, typer.Option("--sweep", help="Contexts up to --context, budgets, holds; plots into out/.")] = False,
     threads: Threads = None,
-    untested: Untested = DEFAULT.untested,
     json_file: JsonFile = None,
 ) -> None:
     """Measure sparse against dense: speed, KV read, recovery."""
     from .bench import bench as run
 
-    config, *also = (_config(budget, predictor, hold, calibrate, budgets, name, prefetch, untested) for name in path.split(","))
+    config, *also = (_config(budget, predictor, hold, calibrate, budgets, name, prefetch, untested=True) for name in path.split(","))
     others = [name for name in compare.split(",") if name]
     for name in others:
         SparseConfig(predictor=name)
@@ -382,7 +381,7 @@ def trace(
     from .llama import Llama
     from .trace import record
 
-    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold)
+    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, untested=True)
     documents = [(path.stem, read_text(path)) for path in text] if text else [(name, data.document(name)) for name in data.NAMES]
     contexts = [context] if context else [1536, 3072, 6144]
     path = fetched(model)
