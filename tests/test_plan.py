@@ -98,6 +98,14 @@ def test_what_is_not_served_sparse_runs_dense(tmp_path):
     assert "sliding-window" in p.why_dense and "--dense" in p.command
 
 
+def test_sliding_window_layers_keep_a_window(tmp_path):
+    shape = dict(n_layer=12, attention__sliding_window=512, attention__key_length=64, attention__value_length=64)
+    p = plan.plan(write_shape(tmp_path / "gemma.gguf", "gemma3", n_ctx=32768, **shape), 0, 8 * GIB)
+    assert p.path == "host" and not p.why_dense
+    row = 2 * 2 * 2 * 64
+    assert {x.what: x.n_bytes for x in p.parts}["KV cache (store)"] == row * (2 * 32768 + 10 * 1024)
+
+
 def test_the_command_line_is_one_that_chat_takes(eight_b):
     chat = typer.main.get_command(cli.app).commands["chat"]
     for vram, kv_type in ((16, "f16"), (5.2, "q8_0"), (0, "q4_0")):

@@ -385,7 +385,7 @@ def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: b
     """Refuse a KV cache that memory cannot hold: allocating it would get the process killed."""
     if kwargs.get("vocab_only"):
         return
-    n_ubatch = None if kwargs.get("swa_full", True) else kwargs.get("n_ubatch", 512)
+    n_ubatch = kwargs.get("n_ubatch", 512) if kwargs.get("swa_full") is False else None
     need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1, n_ubatch)
     if summary:
         need += sizes.summary_bytes(header, n_ctx)

@@ -1,4 +1,4 @@
-// What the patched llama.cpp calls: three hooks in the common attention builder (patches/README.md).
+// What the patched llama.cpp calls: three hooks in the common attention builders (patches/README.md).
 #pragma once
 
 #include "llama-graph.h"

@@ -72,7 +72,7 @@ class Live:
         if config is not None:
             session = llm.session
             self._facts["pool_bytes"] = session.attached.pool_info.pool_bytes
-            self._facts["n_layer"] = session.attached.info.n_layer
+            self._facts["n_layer"], self._facts["n_head_kv"] = session.attached.info.n_layer, session.attached.info.n_head_kv
             self._history = session.history
             self._seen = np.zeros((session.n_rows, session.blocks.shape[1]), np.int32)
             self._entered = np.zeros_like(self._seen)
