@@ -235,7 +235,7 @@ def evaluate(
     names = text or [str(DEFAULT_TEXT)]
     traced = any(c.predictor == "quest" for c in configs)
     largest = max(c.budget for c in configs)
-    start = SparseConfig(largest, predictor="quest" if traced else "ema", path=where)
+    start = SparseConfig(largest, predictor="quest" if traced else "ema", path=where, untested=True)
     report: dict[str, Any] = {"model": path.name, "context": context, "steps": steps, "documents": {}}
     more = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=context + steps + 64, sparse=start, verbose=False, **more)) as llm:

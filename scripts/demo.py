@@ -87,7 +87,7 @@ def main() -> None:
 
     picture = options.out / "attended.png"
     title = f"Blocks attended to while answering: {path.name}, {llm.n_tokens:,} tokens, budget {options.budget}"
-    attended([m for m in recorder.masks if m is not None], info.n_layer, picture, title)
+    attended([m for m in recorder.masks if m is not None], llm.session.attached.layers.tolist(), picture, title)
     console.print(f"picture: {picture}", highlight=False)
     llm.close()
 

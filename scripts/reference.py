@@ -37,7 +37,7 @@ def api() -> str:
     parts = ["# The Python API\n", NOTE]
     for module, names in {"kvcast": kvcast.__all__, **MORE}.items():
         parts.append(f"## {module}\n")
-        for name in sorted(names, key=lambda n: (n.endswith(("Error", "Unsupported")), n)):
+        for name in sorted(names, key=lambda n: (n.endswith(("Error", "Unsupported", "Untested")), n)):
             thing = getattr(importlib.import_module(module), name)
             node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
             parts.append(described(node, module))

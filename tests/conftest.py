@@ -25,6 +25,11 @@ def qwen() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3() -> Path:
+    return models.resolve("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
 def code() -> str:
     return (DATA / "code.txt").read_text()
 

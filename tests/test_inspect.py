@@ -7,6 +7,7 @@ from kvcast.inspection import inspect
 from predictor_onnx.infer import resolve
 from shapes import write_shape
 from test_errors import command, one_sentence
+from tiny import UNTESTED, write_tiny
 
 
 def test_smollm2(smollm2, tmp_path):
@@ -17,7 +18,12 @@ def test_smollm2(smollm2, tmp_path):
     assert found["architecture"] == "llama" and found["quantisation"] == "Q4_1" and found["context"] == 8192
     shape = {k: found["shape"][k] for k in ("layers", "heads", "kv_heads", "head_dim_k", "embedding", "vocabulary")}
     assert shape == {"layers": 30, "heads": 9, "kv_heads": 3, "head_dim_k": 64, "embedding": 576, "vocabulary": 49152}
-    assert found["kv_bytes_per_token"] == {"f16": 2 * 2 * 30 * 3 * 64, "q8_0": 2 * 30 * 6 * 34, "q4_0": 2 * 30 * 6 * 18}
+    assert found["kv_bytes_per_token"] == {
+        "f16": 4 * 30 * 3 * 64,
+        "bf16": 4 * 30 * 3 * 64,
+        "q8_0": 2 * 30 * 6 * 34,
+        "q4_0": 2 * 30 * 6 * 18,
+    }
     assert found["chat_template"] is True and found["sliding_window"] is None and found["rope"]["scaling"] is None
     assert found["sparse"] is True and found["why_dense"] is None and found["embedded_predictor"] is None
     assert sum(found["tensor_bytes"].values()) <= found["file_bytes"] and next(iter(found["tensor_bytes"])) == "q4_1"
@@ -34,8 +40,12 @@ def test_an_embedded_predictor(smollm2, tmp_path):
 
 def test_what_is_not_served_sparse(tmp_path):
     gemma = dict(attention__sliding_window=512, attention__key_length=64, attention__value_length=64)
-    found = inspect(write_shape(tmp_path / "gemma.gguf", "gemma3", **gemma))
+    found = inspect(write_shape(tmp_path / "gemma.gguf", "gemma3", n_layer=2, **gemma))
     assert found["sparse"] is False and "sliding-window" in found["why_dense"] and found["sliding_window"] == 512
+    found = inspect(write_shape(tmp_path / "gemma.gguf", "gemma3", n_layer=12, **gemma))
+    assert found["sparse"] is True and (found["shape"]["layers"], found["shape"]["sliding_window_layers"]) == (12, 10)
+    found = inspect(write_tiny(tmp_path / "untested.gguf", UNTESTED))
+    assert found["sparse"] is False and "untested" in found["why_dense"]
     unknown = write_shape(tmp_path / "unknown.gguf", "teapot")
     assert "cannot load" in inspect(unknown)["why_dense"]
 

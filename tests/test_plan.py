@@ -21,8 +21,11 @@ def eight_b(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("model", "path", "kv_type"),
-    [("smollm2", "host", "f16"), ("smollm2", "device", "q8_0"), ("qwen", "device", "f16"), ("qwen", "host", "q8_0")],
-)
+    [
+        ("smollm2", "host", "f16"), ("smollm2", "device", "q8_0"), ("qwen", "device", "f16"), ("qwen", "host", "q8_0"),
+        ("gemma3", "host", "bf16"), ("gemma3", "device", "q4_0"),
+    ],
+)  # fmt: skip
 def test_sums_are_what_loading_allocates(model, path, kv_type, request):
     import llama_cpp
 
@@ -32,7 +35,7 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
     info, pool = llm.session.attached.info, llm.session.attached.pool_info
     real = {
         "weights": llama_cpp.llama_model_size(llm.model),
-        "store": info.n_layer * info.n_cells * (info.k_row_bytes + info.v_row_bytes),
+        "store": (info.n_layer * info.n_cells + header.n_layer_swa * 1024) * (info.k_row_bytes + info.v_row_bytes),  # window and batch
         "summary": info.summary_bytes,
         "scratch": info.scratch_bytes - info.summary_bytes,
         "pool": (pool.pool_bytes, pool.staging_bytes, pool.tap_bytes),
@@ -40,7 +43,7 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
     }
     llm.close()
     assert header.weights_bytes == pytest.approx(real["weights"], rel=0.03)
-    assert header.store_bytes(n_ctx, kind, kind) == real["store"]
+    assert header.store_bytes(n_ctx, kind, kind, 512) == real["store"]
     assert sizes.scratch_bytes(header, n_ctx) == pytest.approx(real["scratch"], rel=0.03)
     assert 1 <= sizes.history_bytes(header, n_ctx) / real["history"] <= 2
     if path == "device":
@@ -93,6 +96,14 @@ def test_what_is_not_served_sparse_runs_dense(tmp_path):
     p = plan.plan(file, 8 * GIB, 8 * GIB)
     assert (p.path, p.weights, p.budget, p.compression) == ("dense", "device", 0, 1.0)
     assert "sliding-window" in p.why_dense and "--dense" in p.command
+
+
+def test_sliding_window_layers_keep_a_window(tmp_path):
+    shape = dict(n_layer=12, attention__sliding_window=512, attention__key_length=64, attention__value_length=64)
+    p = plan.plan(write_shape(tmp_path / "gemma.gguf", "gemma3", n_ctx=32768, **shape), 0, 8 * GIB)
+    assert p.path == "host" and not p.why_dense
+    row = 2 * 2 * 2 * 64
+    assert {x.what: x.n_bytes for x in p.parts}["KV cache (store)"] == row * (2 * 32768 + 10 * 1024)
 
 
 def test_the_command_line_is_one_that_chat_takes(eight_b):

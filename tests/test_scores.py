@@ -26,10 +26,9 @@ def rows_as_float(rows, kind, n_head_kv):
 
 def compare(attached, tap, n_used, lists, position):
     info = attached.info
-    scale = info.head_dim_k**-0.5
     for layer in range(info.n_layer):
         k = rows_as_float(attached.rows(layer)[0], info.type_k, info.n_head_kv)
-        sums, lse = naive.block_scores(attached.trace_q[layer, tap], k, info.n_head_kv, lists(layer), position + 1, scale)
+        sums, lse = naive.block_scores(attached.trace_q[layer, tap], k, info.n_head_kv, lists(layer), position + 1, info.kq_scale)
         np.testing.assert_allclose(attached.lse[layer, tap], lse, atol=2e-3, err_msg=f"log-sum-exp, layer {layer}")
         for head, expected in enumerate(sums):
             got = attached.trace_scores[layer, tap, head, : len(expected)]
@@ -42,9 +41,13 @@ def kernels(request, monkeypatch):
     monkeypatch.setenv("KVCAST_KERNELS", request.param)
 
 
-@pytest.mark.parametrize("kind", [F16, BF16, Q8_0, Q4_0], ids=["f16", "bf16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", ["smollm2", "qwen"])
+TYPES = {"f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
+CASES = [(name, kind) for name in ("smollm2", "qwen") for kind in TYPES] + [("gemma3", "f16")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_scores_against_numpy(name, kind, request, code, kernels):
+    kind = TYPES[kind]
     llm = Llama(
         request.getfixturevalue(name), n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2, type_k=kind, type_v=kind
     )

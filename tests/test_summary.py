@@ -27,8 +27,7 @@ def attach(path, code, kind, n_threads=2):
     return llm, attached, tokens, power
 
 
-@pytest.mark.parametrize("kind", [F16, Q8_0], ids=["f16", "q8_0"])
-@pytest.mark.parametrize("name", ["smollm2", "qwen"])
+@pytest.mark.parametrize(("name", "kind"), [("smollm2", F16), ("smollm2", Q8_0), ("qwen", F16), ("qwen", Q8_0), ("gemma3", F16)])
 def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
     llm, attached, tokens, power = attach(request.getfixturevalue(name), code, kind)
     info = attached.info
@@ -41,7 +40,7 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
         attached.blocks[..., : len(listed)] = listed
         attached.n_listed[:] = len(listed)
         attached.n_free[:] = rng.integers(0, 20, attached.n_free.shape)
-        attached.n_free[3] = 0
+        attached.n_free[1] = 0
         attached.weights[:] = rng.random(attached.weights.shape) + 0.1
         attached.set_free_range(begin, end)
         attached.choose_anew()
@@ -57,7 +56,7 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
                 assert (np.diff(got[len(listed) :]) > 0).all()
                 if n == 0:
                     continue
-                q = attached.trace_q[layer, 0, head * group : (head + 1) * group] * d**-0.5
+                q = attached.trace_q[layer, 0, head * group : (head + 1) * group] * info.kq_scale
                 keys = k[: n_used * 16, head].reshape(-1, 16, d)
                 logits = naive.summary(keys[: n_used - 1], power[layer, head], max(8, d // 4), max(4, d // 8), q)
                 ends = np.concatenate([keys[0] @ q.T, keys[-1, : position % 16 + 1] @ q.T])

@@ -31,7 +31,7 @@ steps: list[np.ndarray] = []  # one a token: mean over layers and KV heads, shap
 
 def note(layer: int, _step: int, scores: np.ndarray) -> None:
     mean = scores.mean(0) / llm.session.attached.info.n_layer
-    if layer == 0:
+    if layer == llm.session.attached.layers[0]:
         steps.append(mean)
     else:
         steps[-1] += mean

@@ -31,6 +31,7 @@ LIMIT_BYTES = 8 << 30
 MIN_TOKENS = 512  # what is shorter is read as fast
 CHUNK = 1 << 24
 OF_THE_CACHE = ("rope_", "yarn_", "type_k", "type_v", "flash_attn")  # context parameters that a state depends on
+OF_WINDOWS = ("swa_full", "n_ubatch")  # the same of a model with sliding-window layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ class DocumentCache:
 
     def _key(self, llm: Llama, tokens: list[int]) -> str:
         params = llm.context_params
-        settings = {name: str(getattr(params, name)) for name, *_ in params._fields_ if name.startswith(OF_THE_CACHE)}
+        deciding = (*OF_THE_CACHE, *(OF_WINDOWS if llm.header.n_swa else ()))
+        settings = {name: str(getattr(params, name)) for name, *_ in params._fields_ if name.startswith(deciding)}
         changes = [str(llm.lora_path), llm.lora_scale, str(llm.kv_overrides)]
         about = json.dumps([FORMAT, _model_digest(Path(llm.model_path)), settings, changes], sort_keys=True)
         return hashlib.blake2b(about.encode() + np.asarray(tokens, np.int32).tobytes(), digest_size=16).hexdigest()

@@ -82,12 +82,12 @@ def sparse_forecast(card: Card, header: Header, n_ctx: int, budget: int, kv_type
     n_fixed : int
         Tokens of sink and window.
     """
-    rows = header.n_layer * header.n_head_kv
+    rows = header.n_layer_served * header.n_head_kv
     n_critical = (budget - n_fixed) // BLOCK_TOKENS * rows / N_HELD  # of the layers that one step renews
     shares = [s for recorded in json.loads((DATA / "churn.json").read_text()).values() for s in recorded]
     moves = [round(s * n_critical) for s in shares]
     bytes_per_move = move_bytes(header, kv_type)
     pool_s = rows * budget / BLOCK_TOKENS * bytes_per_move / (POOL_SHARE * card.bytes_per_s)
-    step_s = _dense_step_s(card, header) + pool_s + header.n_layer * POOL_LAYER_S
+    step_s = _dense_step_s(card, header) + pool_s + header.n_layer_served * POOL_LAYER_S
     select_s = SELECT_LEAST_S + rows * n_ctx / BLOCK_TOKENS / N_HELD * SELECT_S
     return simulate(moves, bytes_per_move, card.link, step_s, OBSERVE_S, select_s)

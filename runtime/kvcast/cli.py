@@ -45,7 +45,8 @@ Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is 
 Where = Annotated[str, typer.Option(help="host: attend beside the store; device: from a pool on the device, prefetched.")]
 Prefetch = Annotated[bool, typer.Option(help="Device path: bring blocks to the pool beside the steps.")]
 GpuLayers = Annotated[int, typer.Option(help="Layers of weights on a GPU, -1 for all.")]
-KvType = Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 or q4_0.")]
+KvType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, q8_0 or q4_0.")]
+Untested = Annotated[bool, typer.Option("--untested", help="Run a family sparse that no test covers, see docs/coverage.md.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
 
@@ -151,21 +152,24 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
     cache: Annotated[bool, typer.Option(help="Keep processed documents on disk, to open them again at once; see `kvcast cache`.")] = True,
+    untested: Untested = DEFAULT.untested,
 ) -> None:
     """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
     from .cache import DocumentCache
     from .chat import Conversation, stop_on_interrupt
     from .llama import Llama
+    from .support import sparse_if_tested
 
-    sparse = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
-    config = None if dense else sparse
+    sparse = _config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested)
     document = "\n\n".join(read_text(path) for path in file or [])
     more = _placement(gpu_layers, kv_type)
+    gguf = fetched(model)
+    config = sparse_if_tested(gguf, None if dense else sparse, _say)
     if threads:
         more["n_threads"] = threads
-    if dense:
+    if config is None:
         more.update(flash_attn=True, n_threads=threads or _all_cores())
-    with contextlib.closing(Llama(fetched(model), n_ctx=context, sparse=config, verbose=False, **more)) as llm:
+    with contextlib.closing(Llama(gguf, n_ctx=context, sparse=config, verbose=False, **more)) as llm:
         conversation = Conversation(llm, document)
         if document:
             with progress("reading the document") as update:
@@ -225,6 +229,7 @@ def serve(
     allow_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin use the API; repeatable.")] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A further name of this machine; repeatable.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep long first messages on disk, to open them again at once.")] = True,
+    untested: Untested = DEFAULT.untested,
 ) -> None:
     """Serve the OpenAI API, and a page to chat on with a live map of the context. Ctrl-C ends it."""
     try:
@@ -235,7 +240,7 @@ def serve(
 
     of_model = (
         "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "path", "prefetch", "threads", "gpu_layers",
-        "kv_type",
+        "kv_type", "untested",
     )  # fmt: skip
     given = [name for name in of_model if context.get_parameter_source(name).name == "COMMANDLINE"]
     if config is not None:
@@ -243,7 +248,7 @@ def serve(
             raise KvcastError(f"{given[0]} is given beside --config; write it into {str(config)!r}")
         server, found = read_config(config)
     else:
-        sparse = SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch)
+        sparse = _config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested)
         name = model or "smollm2"
         more = _placement(gpu_layers, kv_type)
         if threads:
@@ -258,7 +263,17 @@ def serve(
     server = checked(ServerSettings, {**server.model_dump(exclude_unset=True), **values}, "kvcast serve")
     for settings in found:
         fetched(settings.model)
-    run(server, found, lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True))
+    run(server, found, _say)
+
+
+def _say(text: str) -> None:
+    notes.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested) -> SparseConfig:
+    return SparseConfig(
+        budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch, untested=untested
+    )
 
 
 def _placement(gpu_layers: int, kv_type: str) -> dict[str, int]:
@@ -300,10 +315,7 @@ def bench(
     """Measure sparse against dense: speed, KV read, recovery."""
     from .bench import bench as run
 
-    config, *also = (
-        SparseConfig(budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=name, prefetch=prefetch)
-        for name in path.split(",")
-    )
+    config, *also = (_config(budget, predictor, hold, calibrate, budgets, name, prefetch, untested=True) for name in path.split(","))
     others = [name for name in compare.split(",") if name]
     for name in others:
         SparseConfig(predictor=name)
@@ -369,7 +381,7 @@ def trace(
     from .llama import Llama
     from .trace import record
 
-    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold)
+    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, untested=True)
     documents = [(path.stem, read_text(path)) for path in text] if text else [(name, data.document(name)) for name in data.NAMES]
     contexts = [context] if context else [1536, 3072, 6144]
     path = fetched(model)

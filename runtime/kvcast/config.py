@@ -58,6 +58,8 @@ class SparseConfig:
         layer, in steps of 256 tokens, fixed for a prompt. ``auto`` is ``host``.
     prefetch : bool
         Device path: predict, select and upload beside the step before; False does it between two steps.
+    untested : bool
+        Run families sparse, too, that no test covers (docs/coverage.md).
 
     Raises
     ------
@@ -79,6 +81,7 @@ class SparseConfig:
     trace: bool = False
     path: str = "auto"
     prefetch: bool = True
+    untested: bool = False
 
     def __post_init__(self) -> None:
         for name in ("budget", "sink", "window", "hold", "dense_layers"):

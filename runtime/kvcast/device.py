@@ -57,10 +57,7 @@ class DeviceSession(Session):
     def _attach(self, n_taps: int, trace: int) -> native.Attached:
         n_cells = native.llama_cpp.llama_n_ctx(self.ctx)
         n_blocks = _pool_blocks(self.config, n_cells)
-        model = native.llama_cpp.llama_get_model(self.ctx)
-        n_rows = native.llama_cpp.llama_model_n_layer(model) * native.llama_cpp.llama_model_n_head_kv(model)
-        n_staging = max(1, n_rows * n_blocks // STAGING_SHARE)
-        return native.Attached(self.ctx, n_taps, trace, False, n_blocks, n_staging)
+        return native.Attached(self.ctx, n_taps, trace, False, n_blocks, STAGING_SHARE)
 
     def _warm_up(self) -> None:
         n_blocks = self.blocks.shape[1]

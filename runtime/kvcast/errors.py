@@ -13,6 +13,16 @@ class SparseUnsupported(KvcastError):
         self.reason = reason
 
 
+class SparseUntested(SparseUnsupported):
+    """No test runs the model's family sparse, and nobody asked for it."""
+
+    def __init__(self, family: str):
+        self.reason = f"the model family {family!r} is untested with sparse attention"
+        super(SparseUnsupported, self).__init__(
+            f"{self.reason}; run it dense with sparse=None (--dense), or ask for it with SparseConfig(untested=True) (--untested)"
+        )
+
+
 class ModelError(KvcastError):
     """A model is unknown, missing, damaged or does not fit."""
 

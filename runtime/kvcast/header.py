@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from .embedded import Embedded, embedded_in
 from .gguf_file import GgufFile, row_size
 
+SWA_PERIOD = {"cohere2": 4, "gemma3": 6, "olmo2": 4}  # of so many layers the last attends to everything, where the file says nothing else
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -17,6 +19,8 @@ class Header:
     ----------
     weights_bytes : int
         Of all tensors.
+    n_layer_swa, n_swa : int
+        Layers with a sliding window, which llama.cpp serves by itself, and its tokens; 0 where the family's pattern is not known here.
     embedding_bytes : int
         Of the token embedding where the output has a matrix of its own: that much stays in host memory when the layers go to a device.
     embedded : Embedded or None
@@ -25,6 +29,8 @@ class Header:
 
     arch: str
     n_layer: int
+    n_layer_swa: int
+    n_swa: int
     n_embd: int
     n_ff: int
     n_head: int
@@ -37,12 +43,24 @@ class Header:
     embedding_bytes: int
     embedded: Embedded | None
 
-    def store_bytes(self, n_ctx: int, type_k: int = 1, type_v: int = 1) -> int:
-        """Bytes of the whole KV cache of ``n_ctx`` cells; the types are ggml's, f16 when not named."""
+    @property
+    def n_layer_served(self) -> int:
+        """Layers that attend to the whole context."""
+        return self.n_layer - self.n_layer_swa
+
+    def store_bytes(self, n_ctx: int, type_k: int = 1, type_v: int = 1, n_ubatch: int | None = None) -> int:
+        """Bytes of the whole KV cache of ``n_ctx`` cells.
+
+        type_k, type_v : int
+            ggml's, f16 when not given.
+        n_ubatch : int or None
+            Sliding-window layers hold a window and a batch of so many tokens (``swa_full=False``); None: the whole context.
+        """
         n_cells = -(-n_ctx // 256) * 256
+        n_cells_swa = n_cells if n_ubatch is None else min(n_cells, -(-(self.n_swa + n_ubatch) // 256) * 256)
         k = row_size(type_k, self.n_head_kv * self.head_dim_k)
         v = row_size(type_v, self.n_head_kv * self.head_dim_v)
-        return n_cells * self.n_layer * (k + v)
+        return (n_cells * self.n_layer_served + n_cells_swa * self.n_layer_swa) * (k + v)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -67,10 +85,16 @@ def header_of(gguf: GgufFile) -> Header:
 
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
+    n_layer, n_swa = number("block_count", 0), number("attention.sliding_window", 0)
+    pattern = gguf.get(f"{arch}.attention.sliding_window_pattern", SWA_PERIOD.get(arch)) if arch in SWA_PERIOD and n_swa else None
+    if isinstance(pattern, int):
+        pattern = [i % pattern < pattern - 1 for i in range(n_layer)]
     bytes_of = {t.name: t.n_bytes for t in gguf.tensors()}
     return Header(
         arch=arch,
-        n_layer=number("block_count", 0),
+        n_layer=n_layer,
+        n_layer_swa=sum(map(bool, pattern or [])),
+        n_swa=n_swa if pattern else 0,
         n_embd=n_embd,
         n_ff=number("feed_forward_length", 0),
         n_head=n_head,

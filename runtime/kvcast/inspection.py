@@ -45,6 +45,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "tensor_bytes": dict(bytes_by_type.most_common()),
             "shape": {
                 "layers": header.n_layer,
+                "sliding_window_layers": header.n_layer_swa,
                 "heads": header.n_head,
                 "kv_heads": header.n_head_kv,
                 "head_dim_k": header.head_dim_k,

@@ -19,6 +19,7 @@ from .errors import CallbackError, GenerationError, ModelError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
+from .support import TESTED, refusal
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
 from llama_cpp import _logger  # isort: skip
@@ -26,6 +27,7 @@ from llama_cpp import _logger  # isort: skip
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
+N_RETAKEN = 64  # last tokens of the store, run once more for their scores
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
 
 
@@ -39,7 +41,8 @@ class Llama(llama_cpp.Llama):
     sparse : SparseConfig or None
         None is stock behaviour, to the bit. With a config the KV cache is kept in host memory, flash attention is on
         and, unless ``n_threads`` is given, all physical cores are used (for steps over a pool on a GPU two). With a GPU,
-        ``n_batch`` and ``n_ubatch`` are 2048 unless one is given.
+        ``n_batch`` and ``n_ubatch`` are 2048 unless one is given. Sliding-window layers keep the end of the context only, unless
+        ``swa_full`` is given.
     **kwargs
         Those of ``llama_cpp.Llama``. Unknown ones are an error.
 
@@ -52,7 +55,7 @@ class Llama(llama_cpp.Llama):
     ModelError
         The file is missing or damaged, or its KV cache does not fit into memory.
     SparseUnsupported
-        The model cannot run sparse; it can with ``sparse=None``.
+        The model cannot run sparse; it can with ``sparse=None``. ``SparseUntested``: nobody has tried, and ``sparse.untested`` is not set.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
@@ -70,8 +73,11 @@ class Llama(llama_cpp.Llama):
             kwargs = {"n_threads": STEP_THREADS if sparse.device and on_gpu else n_cores, **kwargs}
             if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & kwargs.keys():
                 kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
-            kwargs.update(offload_kqv=False, flash_attn=True)
+            kwargs = {"swa_full": False, **kwargs, "offload_kqv": False, "flash_attn": True}
         header = read_header(model_path)
+        if sparse is not None and not sparse.untested and header.arch not in TESTED:
+            if error := refusal(model_path):
+                raise error
         n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
@@ -84,6 +90,7 @@ class Llama(llama_cpp.Llama):
                 ) from error
             raise
         self.header = header
+        self._n_swa = llama_cpp.llama_model_n_swa(self.model)
         self._config = sparse
         self._callback_error: BaseException | None = None
         if sparse is not None:
@@ -115,7 +122,9 @@ class Llama(llama_cpp.Llama):
         if session.n_tokens != self.n_tokens or not session.history.primed:
             session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
             if self.n_tokens and not session.history.primed:
-                tokens = self._take_back(tokens)
+                tokens = self._take_back(N_RETAKEN) + tokens
+        if self._window_is_gone():
+            tokens = self._take_back(self.n_tokens) + tokens
         if len(tokens) > 1 or not session.history.primed:
             session.prompt(tokens, self._decode)
         else:
@@ -132,14 +141,21 @@ class Llama(llama_cpp.Llama):
         self._clear_abort()
         self.session.dense_step(token, self._decode)
 
-    def _take_back(self, tokens: list[int]) -> list[int]:
-        """Prepend the last tokens of the store, to be run once more for their scores."""
+    def _take_back(self, n_most: int) -> list[int]:
+        """Drop the last tokens of the store; they are returned, to be run once more."""
         assert self._session is not None
-        n_back = min(self.n_tokens, 64)
+        n_back = min(self.n_tokens, n_most)
         again = self.input_ids[self.n_tokens - n_back : self.n_tokens].tolist()
         self.n_tokens -= n_back
         self._session.truncate(self.n_tokens)
-        return again + tokens
+        return again
+
+    def _window_is_gone(self) -> bool:
+        """Whether sliding-window layers have dropped keys that the next token attends to: after a long way back."""
+        if not self._n_swa or not self.n_tokens:
+            return False
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
+        return not 0 <= first <= max(0, self.n_tokens - self._n_swa)
 
     def _look_ahead(self, token: int) -> None:
         """The token's true scores and queries, from a dense step that is taken back."""
@@ -249,6 +265,7 @@ class Llama(llama_cpp.Llama):
         Parameters
         ----------
         layer : int
+            Of the model.
 
         Returns
         -------
@@ -259,9 +276,10 @@ class Llama(llama_cpp.Llama):
         ValueError
             The model keeps no queries, its store is not f16, or nothing was evaluated.
         IndexError
-            There is no such layer.
+            There is no such layer, or it is a sliding-window layer.
         """
         attached, n = self.session.attached, self.session.n_tokens
+        layer = attached.index_of(layer)
         info = attached.info
         if attached.trace_q is None or info.type_k != 1:
             raise ValueError("exact attention rows need the queries and an f16 store; load the model with sparse=SparseConfig(trace=True)")
@@ -269,13 +287,15 @@ class Llama(llama_cpp.Llama):
             raise ValueError("nothing has been evaluated yet; call eval or generate first")
         keys = attached.rows_of(layer, 0, n)[0].astype(np.float32)  # (n, n_head_kv, d)
         tap = 0 if self.session.in_sparse_step else self.session.n_history_taps - 1
-        q = attached.trace_q[layer, tap].reshape(info.n_head_kv, -1, info.head_dim_k) * info.head_dim_k**-0.5
+        q = attached.trace_q[layer, tap].reshape(info.n_head_kv, -1, info.head_dim_k) * info.kq_scale
         logits = np.einsum("hgd,nhd->hgn", q, keys).reshape(info.n_head, n)
         weights = np.exp(logits - logits.max(1, keepdims=True))
         return weights / weights.sum(1, keepdims=True)
 
     def on_kv(self, fn: KvFn | int | None) -> None:
-        """Call ``fn(layer, block, k, v)`` for every layer when a block of 16 tokens is complete in the store.
+        """Call ``fn(layer, block, k, v)`` for every served layer when a block of 16 tokens is complete in the store.
+
+        Layers have the model's numbers; sliding-window layers are not served.
 
         Parameters
         ----------
@@ -297,13 +317,14 @@ class Llama(llama_cpp.Llama):
         info = attached.info
         native_fn = native.kv_callback(fn) if isinstance(fn, int) else None
 
-        def call(layer: int, block: int) -> None:
+        def call(index: int, block: int) -> None:
             try:
+                layer = int(attached.layers[index])
                 if native_fn is None:
                     assert not isinstance(fn, int)
-                    fn(layer, block, *attached.rows_of(layer, block * native.BLOCK_TOKENS, (block + 1) * native.BLOCK_TOKENS))
+                    fn(layer, block, *attached.rows_of(index, block * native.BLOCK_TOKENS, (block + 1) * native.BLOCK_TOKENS))
                     return
-                k, v = (rows[block * native.BLOCK_TOKENS :].ctypes.data for rows in attached.rows(layer))
+                k, v = (rows[block * native.BLOCK_TOKENS :].ctypes.data for rows in attached.rows(index))
                 failed = native_fn(layer, block, k, v, info.k_row_bytes, info.v_row_bytes)
             except Exception as error:
                 raise CallbackError(f"a KV callback raised {type(error).__name__}: {error}; the tokens are in the store") from error
@@ -319,7 +340,7 @@ class Llama(llama_cpp.Llama):
         ----------
         fn : callable, int or None
             An int is the address of a C function (a Numba ``cfunc``) of the type ``kvcast_attention_callback`` in kvcast.h,
-            which gets the scores in list order. Otherwise ``layer`` and ``step`` (position of the newest token) are ints;
+            which gets the scores in list order. Otherwise ``layer`` (the model's) and ``step`` (position of the newest token) are ints;
             ``block_scores`` is float32, shape (n_head_kv, n_blocks), the attention probability of each block, 0 where a
             sparse step did not attend. The array is the callee's to keep. None removes the callback.
 
@@ -340,9 +361,10 @@ class Llama(llama_cpp.Llama):
                 n_used = pos // native.BLOCK_TOKENS + 1
                 if session.in_sparse_step:
                     full = np.zeros((n_head_kv, n_used), np.float32)
+                    index = attached.index_of(layer)
                     for head in range(n_head_kv):
-                        n = session.n_attended[layer * n_head_kv + head]
-                        full[head, attached.blocks[layer, head, :n]] = given[head, :n]
+                        n = session.n_attended[index * n_head_kv + head]
+                        full[head, attached.blocks[index, head, :n]] = given[head, :n]
                 else:
                     full = given[:, :n_used].copy()
                 fn(layer, pos, full)
@@ -378,7 +400,8 @@ def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: b
     """Refuse a KV cache that memory cannot hold: allocating it would get the process killed."""
     if kwargs.get("vocab_only"):
         return
-    need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1)
+    n_ubatch = kwargs.get("n_ubatch", 512) if kwargs.get("swa_full") is False else None
+    need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1, n_ubatch)
     if summary:
         need += sizes.summary_bytes(header, n_ctx)
     free = psutil.virtual_memory().available

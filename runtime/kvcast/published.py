@@ -53,7 +53,7 @@ class Quest:
             k = keys[self._n_done * native.BLOCK_TOKENS : n_blocks * native.BLOCK_TOKENS].astype(np.float32)
             k = k.reshape(-1, native.BLOCK_TOKENS, info.n_head_kv, info.head_dim_k)
             self._low[layer, new], self._high[layer, new] = k.min(1), k.max(1)
-            q = self._attached.trace_q[layer, 0].reshape(info.n_head_kv, group, -1) * info.head_dim_k**-0.5
+            q = self._attached.trace_q[layer, 0].reshape(info.n_head_kv, group, -1) * info.kq_scale
             low, high = (x[layer, :n_blocks].transpose(1, 2, 0) for x in (self._low, self._high))  # (n_head_kv, d, n_blocks)
             bound = np.maximum(q, 0) @ high + np.minimum(q, 0) @ low  # (n_head_kv, group, n_blocks)
             bound = np.exp(bound - bound.max(-1, keepdims=True))

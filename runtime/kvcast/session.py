@@ -465,9 +465,10 @@ class Session:
             into.free_range = select_free(
                 scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_free, into.weights, budgets
             )
+            into.shares[:] = 1.0  # rows that choose put their own in its place
         else:
             select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, budgets)
             into.n_free[:], into.free_range = 0, (0, 0)
-        if n_dense := self.config.dense_layers * self.attached.info.n_head_kv:
+        if n_dense := int(np.searchsorted(self.attached.layers, self.config.dense_layers)) * self.attached.info.n_head_kv:
             list_all(n_used, into.blocks[:n_dense], into.n_listed[:n_dense])
             into.n_free[:n_dense], into.shares[:n_dense] = 0, 1.0

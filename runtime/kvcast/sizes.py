@@ -10,7 +10,7 @@ from .header import Header
 from .native import BLOCK_TOKENS
 from .session import n_taps_within
 
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # of the KV cache: ggml's types
+KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # of the KV cache: ggml's types
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 HOST_RESERVE = 400 << 20  # Python, NumPy, Numba, ONNX Runtime
 POOL_RESERVE = 100 << 20  # the same beside a pool: work space of taps
@@ -27,12 +27,12 @@ def n_cells(n_ctx: int) -> int:
 
 
 def _n_rows(header: Header) -> int:
-    return header.n_layer * header.n_head_kv
+    return header.n_layer_served * header.n_head_kv
 
 
 def divides(header: Header, kv_type: str) -> bool:
     """Whether heads are whole blocks of the type, 32 values for the quantised ones: llama.cpp takes no others."""
-    return kv_type == "f16" or not (header.head_dim_k % 32 or header.head_dim_v % 32)
+    return kv_type in ("f16", "bf16") or not (header.head_dim_k % 32 or header.head_dim_v % 32)
 
 
 def summary_bytes(header: Header, n_ctx: int) -> int:
@@ -53,7 +53,7 @@ def scratch_bytes(header: Header, n_ctx: int) -> int:
     n_blocks, rows, group = n_cells(n_ctx) // BLOCK_TOKENS, _n_rows(header), header.n_head // header.n_head_kv
     n_taps = n_taps_within(tap_bytes(header, n_ctx))
     by_row = 4 * rows * (2 * n_blocks + 1)  # lists, their lengths, scores
-    of_taps = 4 * n_taps * (rows * n_blocks + header.n_layer * header.n_head)
+    of_taps = 4 * n_taps * (rows * n_blocks + header.n_layer_served * header.n_head)
     return by_row + of_taps + 4 * (n_cells(n_ctx) + 2 * n_blocks + header.n_head_kv * group * n_blocks)
 
 
@@ -79,9 +79,9 @@ def pool_sizes(header: Header, n_ctx: int, budget: int, kv_type: str) -> tuple[i
 
     n_staging = max(1, rows * n_blocks // STAGING_SHARE)
     staging = 2 * (blocks(n_staging) + _align(8 * n_staging))
-    n_queries = header.n_layer * header.n_head
+    n_queries = header.n_layer_served * header.n_head
     taps = _align(rows * k_row) + _align(rows * v_row) + _align(4 * header.head_dim_k * n_queries) + _align(4 * n_blocks * n_queries)
-    inbox = _align(8 * rows) + _align(4 * rows) + _align(2 * n_blocks * header.n_layer * BLOCK_TOKENS * group)
+    inbox = _align(8 * rows) + _align(4 * rows) + _align(2 * n_blocks * header.n_layer_served * BLOCK_TOKENS * group)
     return blocks(rows * n_blocks), staging, taps + inbox
 
 

@@ -1,17 +1,27 @@
-"""Whether a model is served sparse, asked of llama.cpp and of the check that every sparse context passes, without its weights."""
+"""Whether a model is served sparse: can it be, asked of llama.cpp and of the check that every sparse context passes; and is it tested."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .errors import SparseUnsupported
+from .errors import SparseUnsupported, SparseUntested
+from .header import read_header
 from .native import Attached, llama_cpp, quiet
 
+if TYPE_CHECKING:
+    from .config import SparseConfig
+
 CANNOT_LOAD = "llama.cpp cannot load it as a text model"
+TESTED = (  # by tests/test_families.py; docs/coverage.md
+    "cohere2", "gemma", "gemma3", "glm4", "granite", "llama", "mistral3", "olmo2", "phi3", "qwen2", "qwen3", "qwen3moe", "smollm3",
+    "starcoder2",
+)  # fmt: skip
 
 
-def why_dense(path: str | os.PathLike[str]) -> str:
-    """Why a model runs dense only, ``CANNOT_LOAD`` included; "" when it is served sparse. Tensors are made without data."""
+def why_impossible(path: str | os.PathLike[str]) -> str:
+    """Why a model cannot run sparse, ``CANNOT_LOAD`` included; "" when it can. Tensors are made without data."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers, params.no_alloc, params.load_mode = 0, True, llama_cpp.LLAMA_LOAD_MODE_NONE
     settings = llama_cpp.llama_context_default_params()
@@ -34,3 +44,29 @@ def why_dense(path: str | os.PathLike[str]) -> str:
                 llama_cpp.llama_free(ctx)
             if model:
                 llama_cpp.llama_model_free(model)
+
+
+def refusal(path: str | os.PathLike[str]) -> SparseUnsupported | None:
+    """What keeps a model from running sparse unasked: it cannot, or its family is untested. None: nothing, or llama.cpp cannot load it."""
+    reason, family = why_impossible(path), read_header(path).arch
+    if reason:
+        return None if reason == CANNOT_LOAD else SparseUnsupported(reason)
+    return None if family in TESTED else SparseUntested(family)
+
+
+def why_dense(path: str | os.PathLike[str]) -> str:
+    """Why a model runs dense unless asked, ``CANNOT_LOAD`` included; "" when it is served sparse."""
+    found = refusal(path)
+    return found.reason if found else why_impossible(path)
+
+
+def sparse_if_tested(path: str | os.PathLike[str], sparse: SparseConfig | None, say: Callable[[str], None]) -> SparseConfig | None:
+    """``sparse``; or None, which is said in a line, where the family is untested and ``sparse`` does not ask for it."""
+    if sparse is None or sparse.untested or read_header(path).arch in TESTED:
+        return sparse
+    found = refusal(path)
+    if found is None:
+        return sparse
+    how = "; --untested (SparseConfig.untested) asks for it" if isinstance(found, SparseUntested) else ""
+    say(f"running dense: {found.reason}{how}")
+    return None

@@ -30,7 +30,7 @@ def plan(
     ram: Annotated[str | None, typer.Option(help="Memory of the host, as 32G. Default: what is free here.")] = None,
     context: Annotated[int, typer.Option(help="Tokens; 0: what the model was trained for, or what fits.")] = 0,
     card: Annotated[str | None, typer.Option(help="A graphics card by name, to forecast its speed; a wrong name lists them.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 or q4_0.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, q8_0 or q4_0.")] = "f16",
     json_file: JsonFile = None,
 ) -> None:
     """Say what of a model fits where, how long a context may be, and which command line to use. Reads the file's header only."""

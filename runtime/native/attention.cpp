@@ -5,12 +5,13 @@
 #include "stream.h"
 
 #include "llama-context.h"
-#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 #include <cmath>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 
 using kvcast::task;
 using kvcast::thread_scratch;
@@ -48,7 +49,7 @@ void complete_share(kvcast_layer & layer, int n, const ggml_tensor * q, int n_ta
         kv.stats.attention_us += ggml_time_us() - layer.begin_us;
         scores = kv.scores.data() + (size_t) layer.id*info.n_head_kv*info.n_blocks;
     }
-    if (kv.callback && kv.callback(kv.callback_user, layer.id, kv.q_pos.back(), scores, n_taps, info.n_head_kv, info.n_blocks) != 0) {
+    if (kv.callback && kv.callback(kv.callback_user, layer.il, kv.q_pos.back(), scores, n_taps, info.n_head_kv, info.n_blocks) != 0) {
         kv.fail("an attention callback failed");
     }
 }
@@ -271,9 +272,14 @@ ggml_tensor * score_on_gpu(kvcast_context & kv, ggml_context * ctx, ggml_tensor 
 
 // ---- the input of such a graph
 
-class attn_input : public llm_graph_input_attn_kv {
+const llama_kv_cache_context & store_of(const llama_kv_cache_context & mctx) { return mctx; }
+const llama_kv_cache_context & store_of(const llama_kv_cache_iswa_context & mctx) { return *mctx.get_base(); }
+
+// Base: llm_graph_input_attn_kv, or llm_graph_input_attn_kv_iswa where sliding-window layers have a cache of their own.
+template <class Base>
+class attn_input : public Base {
 public:
-    explicit attn_input(const llm_graph_input_attn_kv & base) : llm_graph_input_attn_kv(base) {}
+    explicit attn_input(const Base & base) : Base(base) {}
 
     // with a pool, and of a single token in sparse mode
     void use_pool() {
@@ -283,7 +289,7 @@ public:
     }
 
     void set_input(const llama_ubatch * ubatch) override {
-        llm_graph_input_attn_kv::set_input(ubatch);
+        Base::set_input(ubatch);
         auto & kv = *cparams.kvcast;
         if (!pooled) {
             GGML_ASSERT(ggml_backend_buffer_is_host(self_k_idxs->buffer));
@@ -302,7 +308,7 @@ public:
         ggml_backend_buffer_ptr buffer(ggml_backend_cpu_buffer_from_ptr(&cell, sizeof(cell)));
         auto * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
         ggml_backend_tensor_alloc(buffer.get(), idxs, &cell);
-        mctx->set_input_k_idxs(idxs, ubatch);
+        store_of(*mctx).set_input_k_idxs(idxs, ubatch);
         kv.begin_step(*ubatch, &cell, true);
     }
 
@@ -311,14 +317,22 @@ public:
         const auto * pool = params.cparams.kvcast->pool.get();
         if (!sparse || pooled != (pool != nullptr)) {
             const auto * stream = params.cparams.kvcast->stream.get();
-            return !pooled && llm_graph_input_attn_kv::can_reuse(params) && (!stream || kvcast::stream_is_current(*stream));
+            return !pooled && Base::can_reuse(params) && (!stream || kvcast::stream_is_current(*stream));
         }
-        // the nodes read the cells that they are told to: the padded number of cells, and the mask, play no part
-        mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
+        // our nodes read the cells that they are told to: the padded number of cells, and the mask, play no part
+        if constexpr (std::is_same_v<Base, llm_graph_input_attn_kv>) {
+            mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
+        } else if (!Base::can_reuse(params)) { // looks at masks that are in use: those of the other layers
+            return false;
+        }
         return pool ? plan == pool->plan : self_k_idxs->ne[0] == params.ubatch.n_tokens;
     }
 
 private:
+    using Base::cparams;
+    using Base::mctx;
+    using Base::self_k_idxs;
+
     bool     pooled = false;
     uint64_t plan   = 0; // of the pool, whose addresses the graph holds
 };
@@ -373,33 +387,44 @@ task kvcast_context::task_of(const kvcast::rows & k, const float * q, const int3
     return t;
 }
 
-std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp, kvcast_context * kv,
-        int mode, int64_t n_tokens) {
-    auto made = std::make_unique<attn_input>(*inp);
-    if (kv->pool && mode == KVCAST_SPARSE && n_tokens == 1) {
+template <class Base>
+static std::unique_ptr<Base> wrapped(const Base & inp, const kvcast_context & kv, int mode, int64_t n_tokens) {
+    auto made = std::make_unique<attn_input<Base>>(inp);
+    if (kv.pool && mode == KVCAST_SPARSE && n_tokens == 1) {
         made->use_pool();
     }
     return made;
 }
 
+std::unique_ptr<llm_graph_input_attn_kv> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv> inp, kvcast_context * kv,
+        int mode, int64_t n_tokens) {
+    return wrapped(*inp, *kv, mode, n_tokens);
+}
+
+std::unique_ptr<llm_graph_input_attn_kv_iswa> kvcast_attn_input(std::unique_ptr<llm_graph_input_attn_kv_iswa> inp, kvcast_context * kv,
+        int mode, int64_t n_tokens) {
+    return wrapped(*inp, *kv, mode, n_tokens);
+}
+
 ggml_tensor * kvcast_build_pooled(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il) {
-    if (!kv || !kv->pool || mode != KVCAST_SPARSE || q->ne[2] != 1) {
+    auto * layer = kv && kv->pool && mode == KVCAST_SPARSE && q->ne[2] == 1 ? kv->layer_of(il) : nullptr;
+    if (!layer) {
         return nullptr;
     }
-    kv->layers[il]->scale = kq_scale;
-    return kvcast::build_pool_attention(*kv, ctx, gf, q, k, v, kq_scale, il);
+    layer->scale = kq_scale;
+    return kvcast::build_pool_attention(*kv, ctx, gf, q, k, v, kq_scale, layer->id);
 }
 
 ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cgraph * gf, int mode,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il) {
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, bool plain, float kq_scale, int il) {
     const int64_t n_tokens = q->ne[2];
-    GGML_ASSERT(kv->group() <= kvcast::MAX_GROUP);
-    if (mode == KVCAST_STREAM || n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
+    auto * layer = kv->layer_of(il);
+    if (!layer || mode == KVCAST_STREAM || n_tokens > (mode == KVCAST_SPARSE ? 1 : kv->info.max_taps)) {
         return nullptr;
     }
-    auto * layer = kv->layers[il].get();
     layer->scale = kq_scale;
+    layer->plain = plain && q->ne[0] == kv->info.head_dim_k && q->ne[1] == kv->info.n_head && k->ne[1] == kv->info.n_head_kv;
     ggml_tensor * args[] = {q, k, v};
     if (mode == KVCAST_SPARSE) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);

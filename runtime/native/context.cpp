@@ -4,7 +4,7 @@
 #include "stream.h"
 
 #include "llama-context.h"
-#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -15,9 +15,6 @@
 
 static constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
 
-// Families whose graphs go through the hooked builder with nothing added to the logits, and that the tests run.
-static const std::set<llm_arch> families = { LLM_ARCH_LLAMA, LLM_ARCH_QWEN2 };
-
 kvcast_context::kvcast_context() = default;
 kvcast_context::~kvcast_context() = default;
 
@@ -26,6 +23,13 @@ const char * kvcast_version(void) {
 }
 
 // ---- refusal
+
+// The cache of the layers that attend to everything, nullptr where there is none that we know.
+static const llama_kv_cache * store_of(const llama_context & ctx) {
+    const auto * memory = ctx.get_memory();
+    const auto * both   = dynamic_cast<const llama_kv_cache_iswa *>(memory);
+    return both ? both->get_base() : dynamic_cast<const llama_kv_cache *>(memory);
+}
 
 static std::string why_not(llama_context & ctx) {
     const auto & model   = ctx.get_model();
@@ -37,12 +41,6 @@ static std::string why_not(llama_context & ctx) {
     }
     if (hparams.is_mla()) {
         return "the model uses multi-head latent attention";
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "the model has sliding-window layers";
-    }
-    if (families.count(model.arch) == 0) {
-        return "the model family '" + std::string(llm_arch_name(model.arch)) + "' has not been tested with sparse attention";
     }
     if (cparams.n_seq_max > 1) {
         return "the context holds several sequences (n_seq_max > 1)";
@@ -56,11 +54,17 @@ static std::string why_not(llama_context & ctx) {
     if (hparams.f_max_alibi_bias > 0.0f || hparams.attn_soft_cap) {
         return "the model adds a bias or a soft cap to the attention logits";
     }
-    const auto * cache = dynamic_cast<const llama_kv_cache *>(ctx.get_memory());
+    const auto * cache = store_of(ctx);
     if (!cache) {
         return "the context has no plain KV cache";
     }
     const auto ids = cache->get_layer_ids();
+    if (ids.empty()) {
+        return "all layers are sliding-window layers, which leaves nothing to choose";
+    }
+    if (hparams.n_head(ids[0]) > kvcast::MAX_GROUP*hparams.n_head_kv(ids[0])) {
+        return "more than " + std::to_string(kvcast::MAX_GROUP) + " query heads share a KV head";
+    }
     for (const auto il : ids) {
         if (hparams.n_head(il) != hparams.n_head(ids[0]) || hparams.n_head_kv(il) != hparams.n_head_kv(ids[0]) ||
                 hparams.n_embd_head_k(il) != hparams.n_embd_head_k(ids[0]) || hparams.n_embd_head_v(il) != hparams.n_embd_head_v(ids[0])) {
@@ -70,7 +74,8 @@ static std::string why_not(llama_context & ctx) {
             return "the KV cache is not in host memory (offload_kqv must be off)";
         }
     }
-    if (ids.size() != hparams.n_layer()) {
+    const auto * both = dynamic_cast<const llama_kv_cache_iswa *>(ctx.get_memory());
+    if (ids.size() + (both ? both->get_swa()->get_layer_ids().size() : 0) != hparams.n_layer()) {
         return "some layers keep no KV cache of their own";
     }
     if (cache->get_size() % KVCAST_BLOCK != 0) {
@@ -132,6 +137,32 @@ void kvcast_context::unpin_store() {
 
 // ---- life cycle
 
+// Has a graph of one token built, without memory for it: the hooks must meet every served layer, and with plain attention.
+static std::string why_not_hooked(kvcast_context & kv) {
+    auto & cparams = const_cast<llama_cparams &>(kv.ctx->get_cparams());
+    const auto memory = kv.ctx->get_memory()->init_full();
+    cparams.kvcast      = &kv;
+    cparams.kvcast_mode = KVCAST_HISTORY;
+    kv.ctx->graph_reserve(1, 1, 1, memory.get(), true);
+    cparams.kvcast      = nullptr;
+    cparams.kvcast_mode = KVCAST_DENSE;
+    kv.info.kq_scale = kv.layers[0]->scale;
+    for (const auto & layer : kv.layers) {
+        if (!layer->plain) {
+            return "the family '" + kv.ctx->get_model().arch_name() + "' adds sinks or a bias to its attention, or builds it in a way of its own";
+        }
+        if (layer->scale != kv.info.kq_scale) {
+            return "the layers scale their attention differently";
+        }
+    }
+    return "";
+}
+
+kvcast_layer * kvcast_context::layer_of(int il) const {
+    const auto at = std::lower_bound(model_layers.begin(), model_layers.end(), il);
+    return at != model_layers.end() && *at == il ? layers[at - model_layers.begin()].get() : nullptr;
+}
+
 kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char * error, int32_t n_error) {
     const std::string why = why_not(*ctx);
     if (!why.empty() || params.max_taps < 1) {
@@ -139,7 +170,7 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         return nullptr;
     }
     const auto & hparams = ctx->get_model().hparams;
-    const auto * cache   = static_cast<const llama_kv_cache *>(ctx->get_memory());
+    const auto * cache   = store_of(*ctx);
     const auto   ids     = cache->get_layer_ids();
     const auto * k       = cache->get_k_storage(ids[0]);
 
@@ -147,6 +178,7 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
     kv->ctx     = ctx;
     kv->cache   = cache;
     kv->kernels = &kvcast::best_kernels();
+    kv->model_layers.assign(ids.begin(), ids.end());
 
     auto & info = kv->info;
     info.n_layer     = (int32_t) ids.size();
@@ -185,10 +217,11 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         auto layer = std::make_unique<kvcast_layer>();
         layer->kv = kv.get();
         layer->id = il;
-        layer->k  = cache->get_k_storage(il)->data;
+        layer->il = ids[il];
+        layer->k  = cache->get_k_storage(ids[il])->data;
         // the cache shows V only as a view made in a graph's context
         ggml_context_ptr scratch(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
-        layer->v  = cache->get_v(scratch.get(), il, info.n_cells, llama_kv_cache::slot_info{})->data;
+        layer->v  = cache->get_v(scratch.get(), ids[il], info.n_cells, llama_kv_cache::slot_info{})->data;
         layer->n_parts.resize(info.n_head_kv);
         layer->parts_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
         layer->chunks_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
@@ -196,6 +229,10 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
         kv->layers.push_back(std::move(layer));
     }
     kv->part_block_sum.resize((size_t) info.n_head_kv*group*info.n_blocks);
+    if (const std::string not_met = why_not_hooked(*kv); !not_met.empty()) {
+        snprintf(error, n_error, "%s", not_met.c_str());
+        return nullptr;
+    }
 
     if (params.summary) {
         kv->summary = std::make_unique<kvcast_summary>();
@@ -222,12 +259,12 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
     }
 
     if (params.pool_blocks > 0) {
-        if (params.pool_blocks%16 != 0 || params.pool_blocks > info.n_blocks || params.staging_blocks < 1) {
+        if (params.pool_blocks%16 != 0 || params.pool_blocks > info.n_blocks || params.staging_share < 1) {
             snprintf(error, n_error, "the pool's %d blocks per layer are not a multiple of 16 within the cache", params.pool_blocks);
             return nullptr;
         }
         std::string refused;
-        kv->pool = kvcast::make_pool(*kv, params.pool_blocks, params.staging_blocks, refused);
+        kv->pool = kvcast::make_pool(*kv, params.pool_blocks, params.staging_share, refused);
         if (!kv->pool) {
             snprintf(error, n_error, "%s", refused.c_str());
             return nullptr;
@@ -329,7 +366,7 @@ bool kvcast_context::check_lists(int32_t new_block) {
             has_new |= list[i] == new_block;
         }
         if (!good || !has_new) {
-            fail("the block list of layer " + std::to_string(row/info.n_head_kv) + ", KV head " + std::to_string(row % info.n_head_kv) +
+            fail("the block list of layer " + std::to_string(model_layers[row/info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) +
                 (good ? " lacks the block of the new token" : " is empty, not ascending or names a block that holds nothing"));
             return false;
         }
@@ -346,7 +383,7 @@ bool kvcast_context::check_lists(int32_t new_block) {
                 n_inside += blocks[row*info.n_blocks + i] >= s.free_begin && blocks[row*info.n_blocks + i] < s.free_end;
             }
             if (s.free_begin < 0 || s.free_end >= n_used_blocks || s.n_free[row] < 0 || s.n_free[row] > n_range - n_inside) {
-                fail("layer " + std::to_string(row/info.n_head_kv) + ", KV head " + std::to_string(row % info.n_head_kv) + " cannot choose " +
+                fail("layer " + std::to_string(model_layers[row/info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) + " cannot choose " +
                     std::to_string(s.n_free[row]) + " blocks of [" + std::to_string(s.free_begin) + ", " + std::to_string(s.free_end) + ")");
                 return false;
             }
@@ -452,6 +489,7 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
 // ---- the rest of the API
 
 kvcast_info  kvcast_get_info (const kvcast_context * kv) { return kv->info; }
+const int32_t * kvcast_model_layers(const kvcast_context * kv) { return kv->model_layers.data(); }
 kvcast_stats kvcast_get_stats(const kvcast_context * kv) { return kv->stats; }
 void kvcast_reset_stats(kvcast_context * kv) { kv->stats = {}; }
 

@@ -62,10 +62,12 @@ struct kvcast_summary {
 // Userdata of one layer's graph nodes. Nodes run one after another, so everything but the counters is written by one thread.
 struct kvcast_layer {
     kvcast_context * kv = nullptr;
-    int              id = 0; // layer of the model
+    int              id = 0; // among the served layers
+    int              il = 0; // of the model
     void           * k = nullptr; // rows of the store
     void           * v = nullptr;
     float            scale = 1.0f; // of the logits
+    bool             plain = false; // the hook met it, and nothing but the mask is added to its logits
 
     // a contiguous part of one KV head's list; scores: a group of queries of one KV head
     struct part {
@@ -115,7 +117,8 @@ struct kvcast_context {
     std::vector<int32_t> q_pos;          // [n_taps]
     std::vector<int32_t> all_blocks;     // 0, 1, 2, ...
 
-    std::vector<std::unique_ptr<kvcast_layer>> layers;
+    std::vector<std::unique_ptr<kvcast_layer>> layers; // served
+    std::vector<int32_t> model_layers;                 // of them, in the model
 
     // results of the parts of the layer that runs, see kvcast_layer::part
     std::vector<float> part_max;
@@ -144,6 +147,7 @@ struct kvcast_context {
     int group() const { return info.n_head/info.n_head_kv; }
     // of large history batches; other types want rows that lie together, and traces are kept on the host
     bool scores_on_gpu() const { return info.type_k == GGML_TYPE_F16 && trace_q.empty(); }
+    kvcast_layer * layer_of(int il) const; // nullptr when the model's layer is not served
 
     // before the graph runs; cells: indices of the cells that the tokens of the batch go to
     void begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled = false);

@@ -28,7 +28,10 @@ enum kvcast_trace {
     KVCAST_TRACE_HEAD = 1, // keep q and the scores of every query head
 };
 
-// Called when a layer's attention of a history or sparse step is complete, from a compute thread.
+// Served are the layers that attend to the whole context; sliding-window layers beside them are llama.cpp's own. Layers are numbered
+// among the served ones, 0 to n_layer - 1; kvcast_model_layers says which of the model's they are.
+
+// Called when a layer's attention of a history or sparse step is complete, from a compute thread; layer: the model's.
 // scores: [n_taps][n_head_kv][stride] floats, group means; in a sparse step in the order of the layer's block lists.
 // Anything but 0 aborts the step: llama_decode() returns 2 and the step's tokens leave the cache.
 typedef int (*kvcast_attention_callback)(void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps,
@@ -40,11 +43,11 @@ struct kvcast_params {
     int32_t summary;    // 1: keep a summary of the keys, so that a step can choose blocks by its own query
     int32_t pool_blocks;    // 0: attention in place, on the CPU. Else the device path: block slots per layer and KV head in the
                             // mean, a multiple of 16, on the device that computes the layers
-    int32_t staging_blocks; // blocks of one KV head that one upload can carry
+    int32_t staging_share;  // one upload can carry the pool's slots divided by this
 };
 
 struct kvcast_info {
-    int32_t n_layer;
+    int32_t n_layer;       // served
     int32_t n_head;
     int32_t n_head_kv;
     int32_t head_dim_k;
@@ -54,6 +57,7 @@ struct kvcast_info {
     int32_t max_taps;
     int32_t type_k;        // enum ggml_type
     int32_t type_v;
+    float   kq_scale;      // logit = kq_scale * q.k
     int64_t k_row_bytes;   // bytes of K of one cell of one layer, all heads
     int64_t v_row_bytes;
     int64_t scratch_bytes; // host memory held by kvcast itself, summary included
@@ -90,6 +94,7 @@ LLAMA_API struct kvcast_context * kvcast_attach(struct llama_context * ctx, stru
 LLAMA_API void kvcast_detach(struct kvcast_context * kv);
 
 LLAMA_API struct kvcast_info kvcast_get_info(const struct kvcast_context * kv);
+LLAMA_API const int32_t * kvcast_model_layers(const struct kvcast_context * kv); // [n_layer], ascending
 
 LLAMA_API void kvcast_set_mode(struct kvcast_context * kv, int32_t mode);
 // Tells that cells from first_cell on were edited other than by llama_decode() appending to them.

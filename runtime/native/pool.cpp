@@ -62,13 +62,13 @@ static ggml_tensor * alias(const kvcast_pool & pool, const ggml_tensor * of, ggm
     return t;
 }
 
-std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_blocks, int n_staging, std::string & why_not) {
+std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_blocks, int staging_share, std::string & why_not) {
     const auto & info  = kv.info;
     const auto & model = kv.ctx->get_model();
     auto pool = std::make_unique<kvcast_pool>();
 
-    pool->device = model.dev_layer(0);
-    for (int il = 1; il < info.n_layer; ++il) {
+    pool->device = model.dev_layer(kv.model_layers[0]);
+    for (const auto il : kv.model_layers) {
         if (model.dev_layer(il) != pool->device) {
             why_not = "the layers lie on several devices, and the device path needs them on one (n_gpu_layers=-1, one GPU)";
             return nullptr;
@@ -84,7 +84,7 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
         }
     }
     pool->n_slots       = n_blocks*info.n_layer*info.n_head_kv;
-    pool->n_staging     = n_staging;
+    pool->n_staging     = std::max(1, pool->n_slots/staging_share);
     pool->k_block_bytes = KVCAST_BLOCK*ggml_row_size(k_type, info.head_dim_k);
     pool->v_block_bytes = KVCAST_BLOCK*ggml_row_size(v_type, info.head_dim_v);
     pool->tensors.reset(ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }));
@@ -99,9 +99,9 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     pool->pool_bytes = bytes;
 
     for (auto & s : pool->staged) {
-        s.k     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->k_block_bytes/2, n_staging);
-        s.v     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->v_block_bytes/2, n_staging);
-        s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_staging);
+        s.k     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_staging);
+        s.v     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->v_block_bytes/2, pool->n_staging);
+        s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, pool->n_staging);
         good = good && place(*pool, type, {s.k, s.v, s.slots}, bytes);
         pool->staging_bytes += bytes;
 
@@ -179,7 +179,7 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
         const auto like = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), pool.layer_slots[layer]) - pool.layer_slots.begin();
         if (n < n_fixed || n > pool.layer_slots[layer] || n != kv.n_listed[like*info.n_head_kv] ||
                 table[ring] != new_block || *std::min_element(table, table + n) < 0) {
-            kv.fail("the pool's table of layer " + std::to_string(layer) + ", KV head " + std::to_string(row % info.n_head_kv) +
+            kv.fail("the pool's table of layer " + std::to_string(kv.model_layers[layer]) + ", KV head " + std::to_string(row % info.n_head_kv) +
                 " is not that of the step");
             return false;
         }
@@ -419,7 +419,7 @@ int32_t kvcast_collect(kvcast_context * kv) {
     }
     for (int il = 0; il < info.n_layer; ++il) {
         const float * scores = &kv->scores[(size_t) il*info.n_head_kv*info.n_blocks];
-        if (kv->callback && kv->callback(kv->callback_user, il, kv->q_pos[0], scores, 1, info.n_head_kv, info.n_blocks) != 0) {
+        if (kv->callback && kv->callback(kv->callback_user, kv->model_layers[il], kv->q_pos[0], scores, 1, info.n_head_kv, info.n_blocks) != 0) {
             return 1;
         }
     }

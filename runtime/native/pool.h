@@ -86,7 +86,7 @@ struct kvcast_pool {
 namespace kvcast {
 
 // nullptr and a reason on refusal
-std::unique_ptr<kvcast_pool> make_pool(const kvcast_context & kv, int n_blocks, int n_staging, std::string & why_not);
+std::unique_ptr<kvcast_pool> make_pool(const kvcast_context & kv, int n_blocks, int staging_share, std::string & why_not);
 // a graph over the pool is about to be built
 void begin_pool_graph(kvcast_context & kv);
 // sends the inbox; false when the table is not fit for the step

@@ -19,11 +19,14 @@ static constexpr int64_t PIECE = 4 << 20; // bytes: a copy in one piece holds up
 std::unique_ptr<kvcast_stream> kvcast::make_stream(const kvcast_context & kv) {
     const auto & model = kv.ctx->get_model();
     auto stream = std::make_unique<kvcast_stream>();
-    stream->device = model.dev_layer(0);
-    for (int il = 0; il < kv.info.n_layer; ++il) {
+    stream->device = model.dev_layer(kv.model_layers[0]);
+    for (const auto il : kv.model_layers) {
         if (model.dev_layer(il) != stream->device) {
             return nullptr;
         }
+    }
+    if (kv.info.n_layer != (int) model.hparams.n_layer()) {
+        return nullptr; // sliding-window layers between them have a cache of their own
     }
     if (ggml_backend_dev_type(stream->device) != GGML_BACKEND_DEVICE_TYPE_GPU || kv.ctx->get_cparams().cb_eval) {
         return nullptr;

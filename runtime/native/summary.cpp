@@ -189,7 +189,7 @@ rows head_rows(const ggml_tensor * t, int head) {
 }
 
 rows keys_of(const kvcast_context & kv, int layer, int head) {
-    const auto * k = kv.cache->get_k_storage(layer);
+    const auto * k = kv.cache->get_k_storage(kv.model_layers[layer]);
     const int dim = kv.info.head_dim_k;
     return {
         (const char *) k->data + head*ggml_row_size(k->type, dim), k->nb[1], dim,

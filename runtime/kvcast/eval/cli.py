@@ -147,7 +147,8 @@ def _load(model: str, n_ctx: int, budget: int, threads: int | None, gpu_layers: 
     path = fetched(model)
     more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     n_ctx = -(-n_ctx // 256) * 256
-    return path, Llama(path, n_ctx=n_ctx, n_gpu_layers=gpu_layers, sparse=SparseConfig(budget=budget, trace=True), verbose=False, **more)
+    config = SparseConfig(budget=budget, trace=True, untested=True)
+    return path, Llama(path, n_ctx=n_ctx, n_gpu_layers=gpu_layers, sparse=config, verbose=False, **more)
 
 
 def _show(table: list[list[str]]) -> None:

@@ -60,7 +60,7 @@ class Outputs:
                 for rows, new in zip(self._attached.rows(layer), self._rows[layer])
             )
             for head in range(info.n_head_kv):
-                q = queries[:, layer, head * group : (head + 1) * group] * info.head_dim_k**-0.5
+                q = queries[:, layer, head * group : (head + 1) * group] * info.kq_scale
                 logits = q.reshape(n_steps * group, -1) @ k[:, head].T
                 logits = logits.reshape(n_steps, group, n_cells)
                 logits[np.broadcast_to(future[:, None], logits.shape)] = -np.inf

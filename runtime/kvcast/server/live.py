@@ -66,12 +66,13 @@ class Live:
             "n_layer": header.n_layer,
             "n_head_kv": header.n_head_kv,
             "path": "dense" if config is None else "device" if config.device else "host",
-            "store_bytes": header.store_bytes(n_ctx, params.type_k, params.type_v),
+            "store_bytes": header.store_bytes(n_ctx, params.type_k, params.type_v, None if params.swa_full else params.n_ubatch),
             "pool_bytes": 0,
         }
         if config is not None:
             session = llm.session
             self._facts["pool_bytes"] = session.attached.pool_info.pool_bytes
+            self._facts["n_layer"], self._facts["n_head_kv"] = session.attached.info.n_layer, session.attached.info.n_head_kv
             self._history = session.history
             self._seen = np.zeros((session.n_rows, session.blocks.shape[1]), np.int32)
             self._entered = np.zeros_like(self._seen)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from .. import models
 from ..cache import DocumentCache
 from ..header import read_header
+from ..support import sparse_if_tested
 from .served import ServedLlama
 from .settings import ModelSettings
 
@@ -30,10 +32,13 @@ class Proxy(LlamaProxy):
     settings : list of ModelSettings
         The first is loaded now, and used for names that are unknown.
     documents : DocumentCache or None
+    say : callable
+        Told when a model runs dense that was to run sparse.
     """
 
-    def __init__(self, settings: list[ModelSettings], documents: DocumentCache | None):
+    def __init__(self, settings: list[ModelSettings], documents: DocumentCache | None, say: Callable[[str], None] = print):
         self._documents = documents
+        self._say = say
         self.lock = threading.Lock()
         super().__init__(settings)
 
@@ -62,14 +67,15 @@ class Proxy(LlamaProxy):
             n_ctx=settings.n_ctx or min(read_header(path).n_ctx_train, CONTEXT_MAX),
             verbose=settings.verbose,
         )
-        if settings.sparse is None:
+        sparse = sparse_if_tested(path, settings.sparse, lambda text: self._say(f"{settings.model_alias or settings.model}: {text}"))
+        if sparse is None:
             given.setdefault("flash_attn", True)
             given.setdefault("n_threads", settings.n_threads)
         if settings.draft_model is not None:
             given["draft_model"] = LlamaPromptLookupDecoding(num_pred_tokens=settings.draft_model_num_pred_tokens)
         if settings.kv_overrides is not None:
             given["kv_overrides"] = dict(_override(text) for text in settings.kv_overrides)
-        llm = ServedLlama(path, sparse=settings.sparse, name=settings.model_alias, documents=self._documents, **given)
+        llm = ServedLlama(path, sparse=sparse, name=settings.model_alias, documents=self._documents, **given)
         if settings.chat_template_kwargs:
             _pass_to_template(llm, settings.chat_template_kwargs)
         if settings.cache:

@@ -67,7 +67,7 @@ def run(settings: ServerSettings, models: list[ModelSettings], say: Callable[[st
         The address is not free, or the first model cannot be loaded.
     """
     with listen(settings) as listening:
-        proxy = Proxy(models, DocumentCache() if settings.keep_documents else None)
+        proxy = Proxy(models, DocumentCache() if settings.keep_documents else None, say)
         desk = Desk(proxy, settings.interrupt_requests)
         try:
             server = make_server(settings, desk)
