@@ -89,8 +89,12 @@ class History:
     def last_rows(self, n_steps: int) -> npt.NDArray[np.float32]:
         """float32, shape (n, n_rows, n_blocks), oldest first: at most ``n_steps``, and one at least."""
         assert self._ring is not None
-        n = max(1, min(n_steps, self._n_in_ring))
-        return self._ring[np.arange(self.n_observed - n, self.n_observed) % len(self._ring)]
+        return self._ring[self._places(max(1, min(n_steps, self._n_in_ring)))]
+
+    def _places(self, n_steps: int) -> npt.NDArray[np.int64]:
+        """Where in the ring the last steps are, oldest first."""
+        assert self._ring is not None
+        return np.arange(self.n_observed - n_steps, self.n_observed) % len(self._ring)
 
     def observe_listed(self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray) -> None:
         """Take in a sparse step.
@@ -138,6 +142,31 @@ class History:
         else:
             self._ring[:] = ring
         self.epoch += 1
+
+    def kept(self, n_blocks: int) -> dict[str, npt.NDArray[np.float32]]:
+        """What ``take`` takes, of the first ``n_blocks`` blocks; for a file."""
+        arrays = {"averages": self.averages[:, :, :n_blocks]}
+        if self._ring is not None:
+            n_steps = min(len(self._ring), self._n_in_ring)
+            arrays["last_steps"] = self._ring[self._places(n_steps), :, :n_blocks]
+        return arrays
+
+    def take(self, arrays: dict[str, npt.NDArray[np.float32]], n_observed: int) -> bool:
+        """Go on from what was ``kept``, on a history of which nothing is known. False: it lacks something, and nothing was taken."""
+        averages, steps = arrays.get("averages"), arrays.get("last_steps")
+        if averages is None or averages.shape[:2] != self.averages.shape[:2] or averages.shape[2] > self.averages.shape[2]:
+            return False
+        if self._ring is not None and steps is None:
+            return False
+        n_blocks = averages.shape[2]
+        self.averages[:, :, :n_blocks] = averages
+        self.n_observed = n_observed
+        if self._ring is not None and steps is not None:
+            steps = steps[-len(self._ring) :]
+            self._ring[self._places(len(steps)), :, :n_blocks] = steps
+            self._n_in_ring = len(steps)
+        self.epoch += 1
+        return True
 
     def truncate(self, n_tokens: int) -> None:
         """Drop what is known of blocks at or past the cell ``n_tokens``; everything when it is 0."""

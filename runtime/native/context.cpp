@@ -131,7 +131,7 @@ void kvcast_context::unpin_store() {
 
 // ---- life cycle
 
-kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char * error, int32_t n_error) {
+static kvcast_context * attach(llama_context * ctx, const kvcast_params & params, char * error, int32_t n_error) {
     const std::string why = why_not(*ctx);
     if (!why.empty() || params.max_taps < 1) {
         snprintf(error, n_error, "%s", why.empty() ? "max_taps must be at least 1" : why.c_str());
@@ -249,6 +249,15 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
     const_cast<llama_cparams &>(ctx->get_cparams()).kvcast = kv.get();
 
     return kv.release();
+}
+
+kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char * error, int32_t n_error) {
+    try {
+        return attach(ctx, params, error, n_error);
+    } catch (const std::exception &) { // bad_alloc, length_error
+        snprintf(error, n_error, "host memory ran out for what is kept beside the KV cache (calibrate='off' and a smaller context need less)");
+        return nullptr;
+    }
 }
 
 void kvcast_detach(kvcast_context * kv) {
