@@ -26,6 +26,7 @@ from llama_cpp import _logger  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
+SMALLER = "close something, or use a smaller n_ctx (--context)"
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
 
 
@@ -83,6 +84,8 @@ class Llama(llama_cpp.Llama):
                     "memory ran out; verbose=True shows its own words"
                 ) from error
             raise
+        except MemoryError as error:
+            raise ModelError(f"memory ran out while {os.fspath(model_path)!r} was loaded; {SMALLER}") from error
         self.header = header
         self._config = sparse
         self._callback_error: BaseException | None = None
@@ -94,7 +97,7 @@ class Llama(llama_cpp.Llama):
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
             except MemoryError as error:
                 self.close()
-                raise ModelError(f"memory ran out beside the KV cache of {self.n_ctx()} tokens; use a smaller n_ctx (--context)") from error
+                raise ModelError(f"memory ran out beside the KV cache of {self.n_ctx()} tokens; {SMALLER}") from error
             except BaseException:
                 self.close()
                 raise

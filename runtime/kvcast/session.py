@@ -18,6 +18,7 @@ import numpy as np
 from . import native, predictors
 from .config import SparseConfig
 from .embedded import Embedded
+from .errors import KvcastError
 from .history import History
 from .selection import append_block, list_all, select, select_free
 
@@ -185,10 +186,21 @@ class Session:
         self.attached.close()
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
-        """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
+        """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever.
+
+        Raises
+        ------
+        ValueError
+            The settings need what this session was not made with.
+        KvcastError
+            There is no memory for what they remember; the session goes on with those that it had.
+        """
         if config.summary and self.weights is None:
             raise ValueError(f"calibrate={config.calibrate!r} needs a summary of the keys; load the model with it")
-        self._use(predictors.make(config, self.attached, self.embedded))
+        try:
+            self._use(predictors.make(config, self.attached, self.embedded))
+        except MemoryError as error:
+            raise KvcastError(f"there is no memory for predictor={config.predictor!r}; the session goes on with the one it had") from error
         self.config = config
         self.frozen = frozen
         self.times = StepTimes()
