@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kvcast import Llama, SessionError, SparseConfig, session_file
+from kvcast import Llama, SessionError, SparseConfig, session, session_file
 from test_contract import logits_of
 from test_errors import command, one_sentence
 
 SHARED = dict(n_ctx=768, n_threads=2, n_threads_batch=2, verbose=False, flash_attn=True)
-CONFIGS = {
-    "dense": None,
-    "host": SparseConfig(budget=160, min_recovery=0.5),
-    "host, calibrated": SparseConfig(budget=160, calibrate="dense:7"),
-    "host, all steps kept": SparseConfig(budget=160, predictor="onnx:paper", hold=2),
-    "device": SparseConfig(budget=256, path="device", calibrate="host:4"),
+HOST = SparseConfig(budget=160, min_recovery=0.5)
+CASES = {  # and the guard's margin, for the one that saves and for the one that loads: from 0 no network falls back, from 9 all do
+    "dense": (None, 0, 0),
+    "host": (HOST, 0, 0),
+    "host, fallen back": (HOST, 9, 0),
+    "host, not fallen back": (HOST, 0, 9),
+    "host, calibrated": (SparseConfig(budget=160, calibrate="dense:7"), 0, 0),
+    "host, all steps kept": (SparseConfig(budget=160, predictor="onnx:paper", hold=2), 0, 0),
+    "device": (SparseConfig(budget=256, path="device", calibrate="host:4"), 0, 0),
 }
 
 
@@ -35,8 +38,9 @@ def go_on(llm, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:predictor")
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_load_goes_on_as_if_nothing_had_been(smollm2, code, tmp_path, config):
+@pytest.mark.parametrize("config, margin, margin_of_other", CASES.values(), ids=CASES.keys())
+def test_a_load_goes_on_as_if_nothing_had_been(smollm2, code, tmp_path, monkeypatch, config, margin, margin_of_other):
+    monkeypatch.setattr(session, "GUARD_MARGIN", margin)
     llm, again = (Llama(smollm2, sparse=config, seed=seed, **SHARED) for seed in (7, 8))
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:500])
@@ -47,10 +51,13 @@ def test_a_load_goes_on_as_if_nothing_had_been(smollm2, code, tmp_path, config):
         untouched, _ = go_on(llm, tokens[527:])
         llm.load_state(state)
     llm.save_session(tmp_path / "x.session", {"for": ["whom"]})
+    monkeypatch.setattr(session, "GUARD_MARGIN", 0)
     expected, sampled = go_on(llm, tokens[527:])
 
-    again.eval(tokens[600:700])
+    monkeypatch.setattr(session, "GUARD_MARGIN", margin_of_other)
+    again.eval(tokens[600:900])
     again.eval([tokens[0]])
+    monkeypatch.setattr(session, "GUARD_MARGIN", 0)
     assert again.load_session(tmp_path / "x.session") == {"for": ["whom"]}
     assert again.n_tokens == 527 and (config is None or again.session.history.primed)
     got, sampled_again = go_on(again, tokens[527:])

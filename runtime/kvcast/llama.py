@@ -97,7 +97,7 @@ class Llama(llama_cpp.Llama):
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
             except MemoryError as error:
                 self.close()
-                raise ModelError(f"memory ran out beside the KV cache of {self.n_ctx()} tokens; {SMALLER}") from error
+                raise ModelError(f"memory ran out beside the KV cache of {n_ctx} tokens; {SMALLER}") from error
             except BaseException:
                 self.close()
                 raise
