@@ -144,27 +144,28 @@ def test_context_full_is_an_error_and_keeps_the_session(smollm2, code, config):
     llm.close()
 
 
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-@pytest.mark.parametrize("path", ["host", "device"])
+@pytest.mark.parametrize("kind, path", [("ram", "host"), ("disk", "device")])
 def test_caches_of_llama_cpp_python(smollm2, code, tmp_path, monkeypatch, kind, path):
     """A shared prefix comes from the cache, and the answer is that of a model without one."""
     cached, plain = (Llama(smollm2, n_ctx=n, sparse=SparseConfig(budget=512, path=path), n_threads=2, verbose=False) for n in (512, 768))
     make = (lambda: LlamaRAMCache()) if kind == "ram" else (lambda: LlamaDiskCache(str(tmp_path)))
     cached.set_cache(make())
     ask = dict(max_tokens=6, temperature=0.0)
-    first, other = code[:900], "Once upon a time there was"
+    first, other, more = "Count on: " + ", ".join(map(str, range(90))), "Once upon a time there was", ", 90, 91, 92"
     loads = []
     load_state = Llama.load_state
     monkeypatch.setattr(Llama, "load_state", lambda self, state: loads.append(state.n_tokens) or load_state(self, state))
-    answers = [cached.create_completion(prompt, **ask)["choices"][0]["text"] for prompt in (first, other, first + code[900:960])]
+    answers = [cached.create_completion(prompt, **ask)["choices"][0]["text"] for prompt in (first, other, first + more)]
     assert len(loads) == 1 and loads[0] > 100
-    expected = [plain.create_completion(prompt, **ask)["choices"][0]["text"] for prompt in (first, other, first + code[900:960])]
-    assert answers == expected
+    expected = [plain.create_completion(prompt, **ask)["choices"][0]["text"] for prompt in (first, other, first + more)]
+    assert answers == expected and "93" in answers[2]
     if kind == "disk":  # by another process, with a larger context
         plain.set_cache(make())
         plain.reset()
         assert plain.create_completion(first, **ask)["choices"][0]["text"] == expected[0]
-        plain.eval(plain.tokenize(code.encode())[:500])
+        assert len(loads) == 2
+        plain.eval(plain.tokenize(code.encode())[: 700 - plain.n_tokens])
+        assert plain.n_tokens == 700
     cached.close()
     plain.close()
 

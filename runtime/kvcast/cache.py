@@ -79,8 +79,9 @@ class DocumentCache:
             return False
         try:
             llm.load_session(path)
-        except SessionError:
-            self._remove(key)
+        except SessionError as error:
+            if not isinstance(error.__cause__, MemoryError):
+                self._remove(key)
             return False
         with contextlib.suppress(OSError):  # the state is there, whether or not this can be noted
             os.utime(path)

@@ -119,8 +119,10 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Keep the conversation in a file, with the model's session; see ``Llama.save_session``."""
-        n_unanswered = self.messages[-1:] != [] and self.messages[-1]["role"] == "user"  # cut off before it said anything
-        self.llm.save_session(path, {"messages": self.messages[: len(self.messages) - n_unanswered]})
+        messages = self.messages
+        if messages and messages[-1]["role"] == "user":  # its answer was cut off
+            messages = messages[:-1]
+        self.llm.save_session(path, {"messages": messages})
 
     def resume(self, path: Path) -> None:
         """Go on with the conversation in a file; see ``Llama.load_session``.

@@ -75,8 +75,8 @@ def save(llm: Llama, path: Path, about: dict[str, Any]) -> None:
         "numbers": numbers,
         "about": about,
     }
-    remove_partial(path.parent, path.name)
     try:
+        remove_partial(path.parent, path.name)
         _write(path, llm, meta, arrays)
     except (OSError, MemoryError) as error:
         reason = "memory ran out" if isinstance(error, MemoryError) else error.strerror or error
@@ -193,7 +193,7 @@ def _check(llm: Llama, saved: Saved, path: Path) -> None:
         )
 
 
-def _write(path: Path, llm: Llama, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def _write(path: Path, llm: Llama, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
     packed = io.BytesIO()
     np.savez(packed, **arrays)
     n_state = llama_cpp.llama_state_get_size(llm.ctx)
