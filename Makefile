@@ -41,7 +41,7 @@ build/convert/.installed: pyproject.toml
 soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py
 
-# 500 processes killed while they save a session: minutes
+# 500 processes killed while they save a session: a minute
 kills: $(VENV)/.installed
 	$(BIN)/python scripts/kill_saving.py
 
