@@ -48,12 +48,8 @@ def test_opened_again_it_goes_on_the_same(load, code, tmp_path):
 
     again = load(n_ctx=4096)  # the context may be of another size
     assert cache.load(again, tokens[:1180]) and again.n_tokens == 1180
-    got = after(again, tokens[1180:])
-    if llm.sparse is None:
-        np.testing.assert_array_equal(got, expected)
-    else:  # the last 64 tokens are run once more, in another batch
-        assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
-        assert got.argmax() == expected.argmax()
+    assert again.sparse is None or again.session.history.primed
+    np.testing.assert_array_equal(after(again, tokens[1180:]), expected)
     assert not cache.load(again, tokens[:1179])
     assert not cache.load(load(type_k=8), tokens[:1180])
 
@@ -62,30 +58,21 @@ def test_what_is_damaged_is_removed(load, code, tmp_path):
     cache = DocumentCache(tmp_path)
     llm = load()
     tokens = llm.tokenize(code.encode())[:700]
-    for spoil in ("flip", "cut", "no state", "no list"):
-        llm.reset()
-        llm.eval(tokens)
-        expected = after(llm, tokens[:8])
-        llm.n_tokens = len(tokens)
+    llm.eval(tokens)
+    for spoil in ("flip", "cut"):
         assert cache.save(llm, tokens, "x")
-        (state,), (listed,) = tmp_path.glob("*.kv"), tmp_path.glob("*.json")
+        (state,) = tmp_path.iterdir()
         if spoil == "flip":
             with state.open("r+b") as file:
                 file.seek(state.stat().st_size // 2)
                 byte = file.read(1)[0]
                 file.seek(-1, os.SEEK_CUR)
                 file.write(bytes([byte ^ 1]))
-        elif spoil == "cut":
-            os.truncate(state, state.stat().st_size - 5)
-        elif spoil == "no state":
-            state.unlink()
         else:
-            listed.write_text("{")
+            os.truncate(state, state.stat().st_size - 5)
+            assert not cache.entries()
         assert not cache.load(llm, tokens)
-        assert not list(tmp_path.iterdir())
-        llm.reset()
-        llm.eval(tokens)
-        np.testing.assert_allclose(after(llm, tokens[:8]), expected, rtol=0.2, atol=2)
+        assert not list(tmp_path.iterdir()) and llm.n_tokens == 700
 
 
 def test_the_limit_and_what_cannot_be_written(load, code, tmp_path):
@@ -102,7 +89,7 @@ def test_the_limit_and_what_cannot_be_written(load, code, tmp_path):
     assert [e.title for e in cache.entries()] == ["third", "second"]
     assert not DocumentCache(tmp_path, one // 2).save(llm, tokens[:540], "too large")
     assert not cache.save(llm, tokens[:100], "too short")
-    (tmp_path / "dead.1.part").touch()
+    (tmp_path / "dead.999999999.part").touch()
     assert cache.clear() > 2 * one * 0.9 and not list(tmp_path.iterdir())
 
     (tmp_path / "file").touch()

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from kvcast import GenerationError, Llama, SparseConfig, native
+from kvcast.chat import Conversation
 from test_contract import LOGIT_DIFFERENCE, logits_of
+
+from llama_cpp import LlamaDiskCache, LlamaRAMCache  # isort: skip
 
 N_EDITS = 50
 
@@ -107,16 +110,64 @@ def test_history_is_made_again_after_a_load(smollm2, code):
     llm.close()
 
 
-def test_context_full_is_an_error_and_keeps_the_session(smollm2, code):
-    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+@pytest.mark.parametrize(
+    "config", [SparseConfig(budget=160), SparseConfig(budget=256, path="device"), None], ids=["host", "device", "dense"]
+)
+def test_context_full_is_an_error_and_keeps_the_session(smollm2, code, config):
+    """Never a token from beyond it: see docs/limits.md."""
+    llm = Llama(smollm2, n_ctx=256, sparse=config, n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
-    llm.eval(tokens[: llm.n_ctx()])
-    with pytest.raises(GenerationError, match="context is full"):
+    full = GenerationError if config else RuntimeError
+    llm.eval(tokens[:256])
+    with pytest.raises(full, match="context is full" if config else "llama_decode"):
         llm.eval([tokens[256]])
     assert llm.n_tokens == llm.n_ctx()
     llm.n_tokens -= 20
     llm.eval([tokens[0]])
+
+    answer = llm.create_completion(tokens[:250], max_tokens=50, temperature=0.0, stop=[])
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == 256
+    with pytest.raises(ValueError, match="exceed context window"):
+        llm.create_completion(tokens[:256], max_tokens=1)
+    got = []
+    with pytest.raises(full):
+        for token in llm.generate(tokens[:250], temp=0.0):
+            got.append(token)
+    assert len(got) == 7 and llm.detokenize(got[:6]).decode() == answer["choices"][0]["text"]  # the last of them needs no cell
+    llm.n_tokens = 100
+    llm.eval(tokens[100:110])
+    conversation = Conversation(llm)
+    with pytest.raises(GenerationError, match="context of 256 tokens is full"):
+        list(conversation.ask("word " * 300, max_tokens=4))
+    assert conversation.messages == []
+    assert list(conversation.ask("Hello?", max_tokens=2, temperature=0.0))
     llm.close()
+
+
+@pytest.mark.parametrize("kind, path", [("ram", "host"), ("disk", "device")])
+def test_caches_of_llama_cpp_python(smollm2, code, tmp_path, monkeypatch, kind, path):
+    """A shared prefix comes from the cache, and the answer is that of a model without one."""
+    cached, plain = (Llama(smollm2, n_ctx=n, sparse=SparseConfig(budget=512, path=path), n_threads=2, verbose=False) for n in (512, 768))
+    make = (lambda: LlamaRAMCache()) if kind == "ram" else (lambda: LlamaDiskCache(str(tmp_path)))
+    cached.set_cache(make())
+    ask = dict(max_tokens=6, temperature=0.0)
+    first, other, more = "Count on: " + ", ".join(map(str, range(90))), "Once upon a time there was", ", 90, 91, 92"
+    loads = []
+    load_state = Llama.load_state
+    monkeypatch.setattr(Llama, "load_state", lambda self, state: loads.append(state.n_tokens) or load_state(self, state))
+    answers = [cached.create_completion(prompt, **ask)["choices"][0]["text"] for prompt in (first, other, first + more)]
+    assert len(loads) == 1 and loads[0] > 100
+    expected = [plain.create_completion(prompt, **ask)["choices"][0]["text"] for prompt in (first, other, first + more)]
+    assert answers == expected and "93" in answers[2]
+    if kind == "disk":  # by another process, with a larger context
+        plain.set_cache(make())
+        plain.reset()
+        assert plain.create_completion(first, **ask)["choices"][0]["text"] == expected[0]
+        assert len(loads) == 2
+        plain.eval(plain.tokenize(code.encode())[: 700 - plain.n_tokens])
+        assert plain.n_tokens == 700
+    cached.close()
+    plain.close()
 
 
 def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):

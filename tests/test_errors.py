@@ -10,10 +10,10 @@ from conftest import DATA
 from kvcast import CallbackError, Llama, ModelError, SparseConfig, SparseUnsupported
 
 
-def command(*arguments, **environment):
+def command(*arguments, given="", **environment):
     return subprocess.run(
         [sys.executable, "-m", "kvcast.cli", *map(str, arguments)],
-        capture_output=True, text=True, input="", env={**os.environ, "COLUMNS": "200", **environment}, timeout=300,
+        capture_output=True, text=True, input=given, env={**os.environ, "COLUMNS": "200", **environment}, timeout=300,
     )  # fmt: skip
 
 

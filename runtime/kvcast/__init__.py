@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CallbackError, GenerationError, KvcastError, ModelError, SparseUnsupported, SparseUntested
+from .errors import CallbackError, GenerationError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
 from .library import name_own_libraries
 
 if TYPE_CHECKING:
@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["CallbackError", "GenerationError", "KvcastError", "Llama", "ModelError", "SparseConfig", "SparseUnsupported", "SparseUntested"]
+__all__ = [
+    "CallbackError",
+    "GenerationError",
+    "KvcastError",
+    "Llama",
+    "ModelError",
+    "SessionError",
+    "SparseConfig",
+    "SparseUnsupported",
+    "SparseUntested",
+]
 
 name_own_libraries()
 

@@ -6,12 +6,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .cache import DocumentCache
-from .errors import GenerationError, ModelError
+from .errors import GenerationError, ModelError, SessionError
 from .llama import Llama
 from .session import StepTimes
 
@@ -116,10 +117,38 @@ class Conversation:
             return False
         return open_or_read(self.llm, tokens, cache, title)
 
+    def save(self, path: Path) -> None:
+        """Keep the conversation in a file, with the model's session; see ``Llama.save_session``."""
+        messages = self.messages
+        if messages and messages[-1]["role"] == "user":  # its answer was cut off
+            messages = messages[:-1]
+        self.llm.save_session(path, {"messages": messages})
+
+    def resume(self, path: Path) -> None:
+        """Go on with the conversation in a file; see ``Llama.load_session``.
+
+        Raises
+        ------
+        SessionError
+            Also when the file holds no conversation, or one about another document.
+        """
+        messages = self.llm.load_session(path).get("messages")
+        if not isinstance(messages, list):
+            raise SessionError(f"{str(path)!r} holds no conversation; choose another file")
+        if self.messages and self.messages[:1] != messages[:1]:
+            raise SessionError(f"{str(path)!r} holds a conversation without this document; choose another file for a new one")
+        self.messages = messages
+
     def ask(self, question: str, **kwargs: Any) -> Iterator[str]:
         """Answer a question, piece by piece. Ctrl-C, or ``stop``, ends the answer; what was said stays in the conversation.
 
-        ``kwargs`` go to ``create_chat_completion``. ``figures`` holds the answer's figures afterwards.
+        ``kwargs`` go to ``create_chat_completion``. ``figures`` holds the answer's figures afterwards. An answer ends where the
+        context does.
+
+        Raises
+        ------
+        GenerationError
+            The conversation fills the context; the question is not part of it.
         """
         llm = self.llm
         self.messages.append({"role": "user", "content": question})
@@ -144,8 +173,12 @@ class Conversation:
             if not self.stopped:
                 self.messages.pop()
                 raise
-        except BaseException:
+        except BaseException as error:
             self.messages.pop()
+            if isinstance(error, ValueError) and "context window" in str(error):
+                raise GenerationError(
+                    f"the context of {llm.n_ctx()} tokens is full; start over, or go on with a larger one (--session, --context)"
+                ) from error
             raise
         end = time.perf_counter()
         first = first or end

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -25,6 +25,10 @@ from .errors import GenerationError, KvcastError
 from .eval.cli import app as eval_app
 
 from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
+
+if TYPE_CHECKING:
+    from .cache import DocumentCache
+    from .chat import Conversation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 app.add_typer(predictor_app, name="predictor")
@@ -153,10 +157,13 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
     cache: Annotated[bool, typer.Option(help="Keep processed documents on disk, to open them again at once; see `kvcast cache`.")] = True,
     untested: Untested = DEFAULT.untested,
+    session: Annotated[
+        Path | None, typer.Option(help="Go on with the conversation in this file, if it is there, and keep it there in the end.")
+    ] = None,
 ) -> None:
     """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
     from .cache import DocumentCache
-    from .chat import Conversation, stop_on_interrupt
+    from .chat import Conversation
     from .llama import Llama
     from .support import sparse_if_tested
 
@@ -171,37 +178,58 @@ def chat(
         more.update(flash_attn=True, n_threads=threads or _all_cores())
     with contextlib.closing(Llama(gguf, n_ctx=context, sparse=config, verbose=False, **more)) as llm:
         conversation = Conversation(llm, document)
-        if document:
-            with progress("reading the document") as update:
-                if config is not None:
-                    llm.session.on_progress = update
-                kept = False
-                with stop_on_interrupt(conversation.stop):
-                    try:
-                        kept = conversation.read(DocumentCache() if cache else None, ", ".join(path.name for path in file or []))
-                    except GenerationError:
-                        if not conversation.stopped:
-                            raise
-                        notes.print("stopped before the document was read", highlight=False)
-                        sys.exit(130)
-                    except KvcastError as error:  # it was read all the same
-                        notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-            if config is not None:
-                llm.session.on_progress = None
-            notes.print(f"{'opened' if kept else 'read'} {llm.n_tokens:,} tokens; ask away", highlight=False)
-        while True:
+        if session is not None and session.exists():
+            conversation.resume(session)
+            notes.print(f"opened a conversation of {llm.n_tokens:,} tokens", highlight=False)
+        elif document:
+            _read_document(conversation, DocumentCache() if cache else None, ", ".join(path.name for path in file or []))
+        try:
+            _converse(conversation, max_tokens, temperature)
+        finally:  # whatever ended it
+            if session is not None and llm.n_tokens:
+                conversation.save(session)
+
+
+def _read_document(conversation: Conversation, cache: DocumentCache | None, title: str) -> None:
+    from .chat import stop_on_interrupt
+
+    llm = conversation.llm
+    with progress("reading the document") as update:
+        if llm.sparse is not None:
+            llm.session.on_progress = update
+        kept = False
+        with stop_on_interrupt(conversation.stop):
             try:
-                question = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
-            except (EOFError, KeyboardInterrupt):
-                break
-            if not question.strip():
-                break
-            with stop_on_interrupt(conversation.stop):
-                for piece in conversation.ask(question, max_tokens=max_tokens, temperature=temperature):
-                    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-            console.print()
-            assert conversation.figures is not None
-            notes.print(conversation.figures.line(), style="dim", highlight=False)
+                kept = conversation.read(cache, title)
+            except GenerationError:
+                if not conversation.stopped:
+                    raise
+                notes.print("stopped before the document was read", highlight=False)
+                sys.exit(130)
+            except KvcastError as error:  # it was read all the same
+                notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if llm.sparse is not None:
+        llm.session.on_progress = None
+    notes.print(f"{'opened' if kept else 'read'} {llm.n_tokens:,} tokens; ask away", highlight=False)
+
+
+def _converse(conversation: Conversation, max_tokens: int, temperature: float) -> None:
+    """Questions and answers, until an empty line or the end of the input."""
+    from .chat import stop_on_interrupt
+
+    while True:
+        try:
+            question = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not question.strip():
+            return
+        with stop_on_interrupt(conversation.stop):
+            for piece in conversation.ask(question, max_tokens=max_tokens, temperature=temperature):
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        assert conversation.figures is not None
+        notes.print(conversation.figures.line(), style="dim", highlight=False)
 
 
 @app.command()
@@ -472,6 +500,9 @@ def main() -> None:
         app(standalone_mode=True)
     except (KvcastError, ValueError, TypeError) as error:
         notes.print(f"kvcast: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except MemoryError:
+        notes.print("kvcast: memory ran out; close something, or use a smaller --context", style="red", highlight=False)
         sys.exit(1)
 
 

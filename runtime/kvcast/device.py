@@ -195,6 +195,9 @@ class DeviceSession(Session):
         super()._drop_set()
         self._staged = None
 
+    def _clear_set(self) -> None:
+        self._planned = False  # a new plan empties the pool
+
     def _dense_step(self, token: int, decode: Callable[[Sequence[int]], None], n_used: int) -> None:
         """Attend to the whole store; its exact scores go to the history as those of a full list."""
         n_threads = native.llama_cpp.llama_n_threads(self.ctx)

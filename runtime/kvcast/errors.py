@@ -27,6 +27,10 @@ class ModelError(KvcastError):
     """A model is unknown, missing, damaged or does not fit."""
 
 
+class SessionError(KvcastError):
+    """A session cannot be saved, or a file of one cannot be used; the session in hand goes on."""
+
+
 class GenerationError(KvcastError):
     """A step failed; the store holds everything up to the step before."""
 

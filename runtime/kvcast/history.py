@@ -147,8 +147,12 @@ class History:
     def last_rows(self, n_steps: int) -> npt.NDArray[np.float32]:
         """float32, shape (n, n_rows, n_blocks), oldest first: at most ``n_steps``, and one at least."""
         assert self._ring is not None
-        n = max(1, min(n_steps, self._n_in_ring))
-        return self._ring[np.arange(self.n_observed - n, self.n_observed) % len(self._ring)]
+        return self._ring[self._places(max(1, min(n_steps, self._n_in_ring)))]
+
+    def _places(self, n_steps: int) -> npt.NDArray[np.int64]:
+        """Where in the ring the last steps are, oldest first."""
+        assert self._ring is not None
+        return np.arange(self.n_observed - n_steps, self.n_observed) % len(self._ring)
 
     def observe_listed(
         self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray, spread: Spread = one_after_another
@@ -235,22 +239,49 @@ class History:
         """Back to what was saved; counts as an edit."""
         averages, ring, self._n_in_ring, self.n_observed = saved
         self.averages[:] = averages
-        self._changed_from(0)
+        self.change_from(0)
         if self._ring is None or ring is None or self._ring.shape != ring.shape:
             self._n_in_ring = 0
         else:
             self._ring[:] = ring
         self.epoch += 1
 
-    def _changed_from(self, block: int) -> None:
+    def change_from(self, block: int) -> None:
+        """What a predictor has kept of the blocks from this one on is void."""
         self.clock += 1
         self._seen[:, block:] = self.clock
+
+    def kept(self, n_blocks: int) -> dict[str, npt.NDArray[np.float32]]:
+        """What ``take`` takes, of the first ``n_blocks`` blocks; for a file."""
+        arrays = {"averages": self.averages[:, :, :n_blocks]}
+        if self._ring is not None:
+            n_steps = min(len(self._ring), self._n_in_ring)
+            arrays["last_steps"] = self._ring[self._places(n_steps), :, :n_blocks]
+        return arrays
+
+    def take(self, arrays: dict[str, npt.NDArray[np.float32]], n_observed: int) -> bool:
+        """Go on from what was ``kept``, on a history of which nothing is known. False: it lacks something, and nothing was taken."""
+        averages, steps = arrays.get("averages"), arrays.get("last_steps")
+        if averages is None or averages.shape[:2] != self.averages.shape[:2] or averages.shape[2] > self.averages.shape[2]:
+            return False
+        if self._ring is not None and steps is None:
+            return False
+        n_blocks = averages.shape[2]
+        self.averages[:, :, :n_blocks] = averages
+        self.n_observed = n_observed
+        if self._ring is not None and steps is not None:
+            steps = steps[-len(self._ring) :]
+            self._ring[self._places(len(steps)), :, :n_blocks] = steps
+            self._n_in_ring = len(steps)
+        self.epoch += 1
+        self.change_from(0)
+        return True
 
     def truncate(self, n_tokens: int) -> None:
         """Drop what is known of blocks at or past the cell ``n_tokens``; everything when it is 0."""
         first = n_tokens // BLOCK_TOKENS
         self.averages[:, :, first:] = 0
-        self._changed_from(first)
+        self.change_from(first)
         if self._ring is not None:
             self._ring[:, :, first:] = 0
         if n_tokens == 0:

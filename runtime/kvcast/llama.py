@@ -7,15 +7,16 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from . import native, sizes
+from . import native, session_file, sizes
 from .config import SparseConfig
 from .device import DeviceSession
-from .errors import CallbackError, GenerationError, ModelError
+from .errors import CallbackError, GenerationError, ModelError, SessionError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
@@ -28,6 +29,7 @@ _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 N_RETAKEN = 64  # last tokens of the store, run once more for their scores
+SMALLER = "close something, or use a smaller n_ctx (--context)"
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
 
 
@@ -89,6 +91,8 @@ class Llama(llama_cpp.Llama):
                     "memory ran out; verbose=True shows its own words"
                 ) from error
             raise
+        except MemoryError as error:
+            raise ModelError(f"memory ran out while {os.fspath(model_path)!r} was loaded; {SMALLER}") from error
         self.header = header
         self._n_swa = llama_cpp.llama_model_n_swa(self.model)
         self._config = sparse
@@ -99,6 +103,9 @@ class Llama(llama_cpp.Llama):
                 self._session = kind(self.ctx, sparse, self.n_batch, sizes.tap_bytes(header, self.n_ctx()), header.embedded)
                 if self._session.attached.info.pinned_bytes < 0:
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
+            except MemoryError as error:
+                self.close()
+                raise ModelError(f"memory ran out beside the KV cache of {n_ctx} tokens; {SMALLER}") from error
             except BaseException:
                 self.close()
                 raise
@@ -204,12 +211,91 @@ class Llama(llama_cpp.Llama):
 
     # ---- state
 
+    def save_state(self) -> llama_cpp.LlamaState:
+        """As in llama-cpp-python: a copy of the whole state in memory.
+
+        Raises
+        ------
+        SessionError
+            There is no memory for it; the session in hand goes on.
+        """
+        try:
+            return super().save_state()
+        except MemoryError as error:
+            raise SessionError("there is no memory for a copy of the state; save_session writes it to a file without one") from error
+
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """As in llama-cpp-python; the history is made again at the next evaluation, from the last 64 tokens."""
+        """As in llama-cpp-python; the history is made again at the next evaluation, from the last 64 tokens.
+
+        Raises
+        ------
+        SessionError
+            There is no memory to take it in, or it does not fit, and the session in hand goes on; or it is of another model or
+            other settings, which shows late: the context is empty then.
+        """
+        before = self.n_tokens, self.input_ids, self._seed, self._requires_eval
+        try:
+            super().load_state(state)
+        except (MemoryError, ValueError) as error:
+            self.n_tokens, self.input_ids, self._seed, self._requires_eval = before
+            why = "there is no memory to take the state in" if isinstance(error, MemoryError) else f"the state does not fit ({error})"
+            raise SessionError(f"{why}; the session in hand goes on") from error
+        except RuntimeError as error:
+            self.reset()
+            self._forget()
+            raise SessionError("the state is of another model, or of other settings; the context is empty now, start over") from error
+        ids = before[1]  # llama-cpp-python takes over the array of a state, which may be of a smaller context
+        ids[: self.n_tokens] = self.input_ids[: self.n_tokens]
+        self.input_ids = ids
+        self._forget()
+
+    def _forget(self) -> None:
         self._n_cached = -1
-        super().load_state(state)
         if self._session is not None:
             self._session.forget()
+
+    def save_session(self, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
+        """Keep the whole session in a file: tokens, store, and what is remembered of attention.
+
+        After ``load_session`` the same tokens yield the same logits, to the bit, as they do here from now on, with the same
+        settings on the same machine. For that, saving ends the current set here too: the next step selects anew, and the device
+        path fills its pool anew, as after a prompt. Logits themselves are not kept, nor those of earlier tokens
+        (``logits_all``): ``generate`` with exactly the saved tokens runs the last one again.
+
+        The file is written beside ``path`` and takes its place when it is whole and on the disk: whatever happens, ``path`` is
+        the old session or the new one.
+
+        Parameters
+        ----------
+        path : str or path
+        about : dict or None
+            Anything JSON can hold, for ``load_session`` to return.
+
+        Raises
+        ------
+        SessionError
+            It cannot be written; the session goes on, and an older file stays as it was.
+        """
+        session_file.save(self, Path(path), about or {})
+
+    def load_session(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Go on with a session that ``save_session`` kept; what this one held is gone.
+
+        The context may be of another size. A session that was saved dense, or with settings that remember less than these, is
+        taken in without a history, which the next evaluation makes again from the last 64 tokens.
+
+        Returns
+        -------
+        dict
+            The ``about`` of ``save_session``.
+
+        Raises
+        ------
+        SessionError
+            The file is missing, damaged, of another version, model or KV settings, or does not fit the context; the session in
+            hand goes on.
+        """
+        return session_file.load(self, Path(path))
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""

@@ -124,6 +124,12 @@ def kvcast_set_free_range(kv, begin, end, /): ...
 def kvcast_choose_anew(kv, /): ...
 @ctypes_function("kvcast_prepare_summary", [kvcast_p], None)
 def kvcast_prepare_summary(kv, /): ...
+@ctypes_function("kvcast_summary_state_bytes", [kvcast_p], ctypes.c_int64)
+def kvcast_summary_state_bytes(kv, /) -> int: ...
+@ctypes_function("kvcast_get_summary_state", [kvcast_p, ctypes.c_void_p], None)
+def kvcast_get_summary_state(kv, dst, /): ...
+@ctypes_function("kvcast_set_summary_state", [kvcast_p, ctypes.c_void_p], None)
+def kvcast_set_summary_state(kv, src, /): ...
 @ctypes_function("kvcast_estimates", [kvcast_p], c_float_p)
 def kvcast_estimates(kv, /): ...
 @ctypes_function("kvcast_shares", [kvcast_p], c_float_p)
@@ -284,6 +290,25 @@ class Attached:
     def prepare_summary(self) -> None:
         """Choose the channels that the summary keeps: before its first use, and when the content has changed much."""
         kvcast_prepare_summary(self._kv)
+
+    @property
+    def n_summary_state(self) -> int:
+        """Bytes of ``summary_state``; 0 without a summary."""
+        return kvcast_summary_state_bytes(self._kv)
+
+    @property
+    def summary_state(self) -> npt.NDArray[np.uint8]:
+        """What the choice of channels left, which the store alone does not give again: uint8, shape (n_summary_state,)."""
+        state = np.empty(self.n_summary_state, np.uint8)
+        kvcast_get_summary_state(self._kv, state.ctypes.data)
+        return state
+
+    @summary_state.setter
+    def summary_state(self, state: npt.NDArray[np.uint8]) -> None:
+        state = np.ascontiguousarray(state, np.uint8)
+        if state.shape != (self.n_summary_state,):
+            raise ValueError(f"the summary's state has {len(state)} bytes; {self.n_summary_state} are wanted")
+        kvcast_set_summary_state(self._kv, state.ctypes.data)
 
     def choose_anew(self) -> None:
         """Let every row choose in the next step: when lists, ``n_free`` or the range were changed. Else steady rows pause."""

@@ -18,6 +18,7 @@ import numpy as np
 from . import native, predictors
 from .config import SparseConfig
 from .embedded import Embedded
+from .errors import KvcastError
 from .history import History
 from .selection import append_block, list_all, select, select_free
 
@@ -185,10 +186,21 @@ class Session:
         self.attached.close()
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
-        """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever."""
+        """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever.
+
+        Raises
+        ------
+        ValueError
+            The settings need what this session was not made with.
+        KvcastError
+            There is no memory for what they remember; the session goes on with those that it had.
+        """
         if config.summary and self.weights is None:
             raise ValueError(f"calibrate={config.calibrate!r} needs a summary of the keys; load the model with it")
-        self._use(predictors.make(config, self.attached, self.embedded))
+        try:
+            self._use(predictors.make(config, self.attached, self.embedded))
+        except MemoryError as error:
+            raise KvcastError(f"there is no memory for predictor={config.predictor!r}; the session goes on with the one it had") from error
         self.config = config
         self.frozen = frozen
         self.times = StepTimes()
@@ -211,6 +223,50 @@ class Session:
     def forget(self) -> None:
         """The store's content is unknown (a load): nothing that was known holds."""
         self.truncate(0)
+
+    def save(self, n_tokens: int) -> tuple[dict[str, int | bool], dict[str, np.ndarray]]:
+        """Numbers and arrays with which ``restore`` goes on exactly as this session will; empty when nothing is known.
+
+        The next step then depends on them and on the store alone, here too: the set is selected anew, and the device path plans
+        and fills its pool anew.
+
+        Parameters
+        ----------
+        n_tokens : int
+            In the store.
+        """
+        self.truncate(n_tokens if n_tokens <= self.n_tokens else 0)
+        self._clear_set()
+        if not self.history.primed:
+            return {}, {}
+        numbers = {
+            "n_observed": self.history.n_observed,
+            "since_calibration": self._since_calibration,
+            "poor": self._poor,
+            "n_summarised": self._n_summarised,
+            "fell_back": self._passed_over is not None,
+        }
+        arrays = self.history.kept(n_tokens // native.BLOCK_TOKENS)
+        self.history.change_from(0)  # predictions made anew differ in their last digits
+        return numbers, {**arrays, "summary": self.attached.summary_state}
+
+    def restore(self, numbers: dict[str, int | bool], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
+        """Go on from what was saved, with the same store. Where it lacks what this session needs, nothing is known then."""
+        self.forget()
+        self._clear_set()
+        summary = arrays.get("summary")
+        if summary is None or self.attached.n_summary_state not in (0, len(summary)):
+            return
+        if not self.history.take(arrays, numbers["n_observed"]):
+            return
+        if self.attached.n_summary_state:
+            self.attached.summary_state = summary
+        self.n_tokens, self._n_summarised = n_tokens, numbers["n_summarised"]
+        self._since_calibration, self._poor = numbers["since_calibration"], bool(numbers["poor"])
+        if numbers["fell_back"] and isinstance(self.predictor, predictors.Learned):
+            self._fall_back()
+        elif not numbers["fell_back"] and self._passed_over is not None:
+            self._use(self._passed_over)
 
     # ---- steps. ``decode`` runs llama_decode on the tokens it is given and returns when the logits are there.
 
@@ -379,8 +435,14 @@ class Session:
         self.attached.choose_anew()
 
     def _use(self, predictor: predictors.Predictor) -> None:
+        self.history.keep_steps(predictor.n_steps_kept)  # first: it may not fit into memory
         self.predictor = predictor
-        self.history.keep_steps(predictor.n_steps_kept)
+        self._passed_over: predictors.Predictor | None = None  # the network in whose place the average is used
+
+    def _fall_back(self) -> None:
+        network = self.predictor
+        self._use(predictors.Average(0.9))
+        self._passed_over = network
 
     def _guard(self, truth: np.ndarray) -> None:
         """Before the last tokens of a prompt enter the history: would the network have chosen for them as well as the average?
@@ -394,13 +456,12 @@ class Session:
         if not isinstance(self.predictor, predictors.Learned) or n_keep >= n_used - n_window - n_sink:
             return
         held = []
-        average = predictors.Average(0.9)
-        for predictor in (self.predictor, average):
+        for predictor in (self.predictor, predictors.Average(0.9)):
             scores = predictor.predict(self.history, n_used)[:, middle]
             best = np.argpartition(-scores, n_keep - 1, axis=1)[:, :n_keep]
             held.append(float(np.take_along_axis(truth.reshape(self.n_rows, -1)[:, middle], best, 1).sum()))
         if held[0] < GUARD_MARGIN * held[1]:
-            self._use(average)
+            self._fall_back()
             warnings.warn(
                 f"predictor {self.config.predictor!r} does worse than the plain average on this model and text "
                 f"({held[0] / held[1]:.0%} of the attention that the average holds); 'ema' is used instead",
@@ -411,6 +472,10 @@ class Session:
         """Select anew before the next step."""
         self._age = None
         self._next_n_used = 0
+
+    def _clear_set(self) -> None:
+        """Leave nothing of the current set that the next one might depend on."""
+        self.blocks[:], self.n_listed[:], self.n_free[:], self.shares[:] = 0, 0, 0, 1
 
     def _take_set(self, n_used: int) -> None:
         """Put the lists of a new set in place: what was selected beside the last step, or one selected now."""

@@ -163,7 +163,7 @@ kvcast_layer * kvcast_context::layer_of(int il) const {
     return at != model_layers.end() && *at == il ? layers[at - model_layers.begin()].get() : nullptr;
 }
 
-kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char * error, int32_t n_error) {
+static kvcast_context * attach(llama_context * ctx, const kvcast_params & params, char * error, int32_t n_error) {
     const std::string why = why_not(*ctx);
     if (!why.empty() || params.max_taps < 1) {
         snprintf(error, n_error, "%s", why.empty() ? "max_taps must be at least 1" : why.c_str());
@@ -289,6 +289,15 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
     kvcast_set_mode(kv.get(), KVCAST_DENSE);
 
     return kv.release();
+}
+
+kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char * error, int32_t n_error) {
+    try {
+        return attach(ctx, params, error, n_error);
+    } catch (const std::exception &) { // bad_alloc, length_error
+        snprintf(error, n_error, "host memory ran out for what is kept beside the KV cache (calibrate='off' and a smaller context need less)");
+        return nullptr;
+    }
 }
 
 void kvcast_detach(kvcast_context * kv) {

@@ -123,6 +123,11 @@ LLAMA_API void      kvcast_choose_anew(struct kvcast_context * kv);
 // Which channels the summary keeps, from the store and the queries of the last history batch; before its first use, and
 // again when the content has changed much. Costs a pass over 64 blocks of every layer; the keys themselves are summarised in the steps.
 LLAMA_API void      kvcast_prepare_summary(struct kvcast_context * kv);
+// What the choice of channels left, which the store alone does not give again: to be kept with a saved state. Bytes, 0 without a
+// summary; copies out; copies in, after which the keys are summarised anew in the steps.
+LLAMA_API int64_t   kvcast_summary_state_bytes(const struct kvcast_context * kv);
+LLAMA_API void      kvcast_get_summary_state  (const struct kvcast_context * kv, uint8_t * dst);
+LLAMA_API void      kvcast_set_summary_state  (struct kvcast_context * kv, const uint8_t * src);
 // Of the last sparse step, for rows that chose: the estimates of the range, in units of the attention that the first and the
 // newest block got; and the share of the whole attention that the step attended to, estimated.
 LLAMA_API const float * kvcast_estimates(const struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]

@@ -328,6 +328,34 @@ void kvcast_prepare_summary(kvcast_context * kv) {
     }
 }
 
+template <typename S, typename F> static void for_each_part(S & s, F f) {
+    f(s.channels.data(), s.channels.size()*sizeof(s.channels[0]));
+    for (auto * x : {&s.center, &s.scale, &s.spread, &s.q_power}) {
+        f(x->data(), x->size()*sizeof(float));
+    }
+}
+
+int64_t kvcast_summary_state_bytes(const kvcast_context * kv) {
+    int64_t n_bytes = 0;
+    if (kv->summary) {
+        for_each_part(*kv->summary, [&](const void *, size_t n) { n_bytes += (int64_t) n; });
+    }
+    return n_bytes;
+}
+
+void kvcast_get_summary_state(const kvcast_context * kv, uint8_t * dst) {
+    if (kv->summary) {
+        for_each_part(*kv->summary, [&](const void * part, size_t n) { memcpy(dst, part, n); dst += n; });
+    }
+}
+
+void kvcast_set_summary_state(kvcast_context * kv, const uint8_t * src) {
+    if (kv->summary) {
+        for_each_part(*kv->summary, [&](void * part, size_t n) { memcpy(part, src, n); src += n; });
+        std::fill(kv->summary->n_done.begin(), kv->summary->n_done.end(), 0);
+    }
+}
+
 int32_t * kvcast_n_free(kvcast_context * kv) { return kv->summary ? kv->summary->n_free.data() : nullptr; }
 float * kvcast_weights(kvcast_context * kv) { return kv->summary ? kv->summary->weights.data() : nullptr; }
 const float * kvcast_estimates(const kvcast_context * kv) { return kv->summary ? kv->summary->estimates.data() : nullptr; }
