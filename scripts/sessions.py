@@ -1,0 +1,183 @@
+"""Whole sessions at random: documents, decode steps and edits on both paths, the contract checked every few hundred steps.
+
+A check compares what can be known exactly. Rows of the first layer depend on nothing but their token and position, so they equal,
+byte for byte, those of a model that is nothing but SmolLM2's first layer. The pool equals the store. And dense llama.cpp, given the
+session's state, says the same of the next token as the session does when it attends to everything.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import psutil
+
+import kvcast
+from kvcast import Llama, SparseConfig, models
+from kvcast.native import Attached
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [ROOT / "scripts/demo.txt", *sorted((ROOT / "tests/data").glob("*.txt")), Path(kvcast.__file__).parent / "data/prose.txt"]
+N_CTX, N_STEPS, CHECK_EVERY = 2048, 500, 250
+ROOM = 200  # tokens that an edit and the steps after it may add
+LOGIT_DIFFERENCE = 1.8  # as stated in tests/test_contract.py
+MEMORY_BYTES = 20 << 20  # that the last fifth of the sessions may hold more than the first
+EDITS = ("truncate", "regenerate", "prefix", "save", "load", "configure", "reset")
+
+
+def first_layer(source: Path, out: Path) -> Path:
+    """Write a model that ends after the first layer of ``source``."""
+    reader = gguf.GGUFReader(source)
+    arch = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(out, arch)
+    for field in reader.fields.values():
+        if field.name == f"{arch}.block_count":
+            writer.add_block_count(1)
+        elif not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1])
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.0.") or not tensor.name.startswith("blk."):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def logits_of(llm: Llama) -> np.ndarray:
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
+
+
+class Sessions:
+    """The models, and the sessions run on them.
+
+    Attributes
+    ----------
+    n_checks : int
+    difference, replayed : float
+        The largest difference of a logit from dense: given the same state; after a dense run of the same tokens, of sessions that
+        attended to everything from their first token on.
+    """
+
+    def __init__(self) -> None:
+        path = models.resolve("smollm2")
+        shared = {"n_ctx": N_CTX, "n_batch": 128, "n_threads": psutil.cpu_count(logical=False), "verbose": False}
+        dense = {"flash_attn": True, "offload_kqv": False, **shared}
+        self._sparse = [Llama(path, sparse=SparseConfig(budget=N_CTX, path=p), **shared) for p in ("host", "device")]
+        self._dense = Llama(path, **dense)
+        with tempfile.TemporaryDirectory() as folder:
+            self._first = Llama(first_layer(path, Path(folder) / "first.gguf"), **dense)
+        self._first_store = Attached(self._first.ctx, 1)
+        self._text = [t for file in TEXTS for t in self._dense.tokenize(file.read_bytes())]
+        self.n_checks = 0
+        self.difference = self.replayed = 0.0
+
+    def close(self) -> None:
+        self._first_store.close()
+        for llm in (*self._sparse, self._dense, self._first):
+            llm.close()
+
+    def run(self, number: int) -> None:
+        """One session of ``N_STEPS`` decode steps; the number decides everything about it."""
+        rng = random.Random(number)
+        llm = self._sparse[number % 2]
+        everything = number % 4 >= 2  # a quarter of the sessions on each path
+        limit = rng.randint(512, N_CTX)
+        saved = None
+        llm.session.configure(replace(llm.session.config, budget=N_CTX))
+        self._edit(llm, "reset", rng, limit, everything)
+        n_steps = 0
+        while n_steps < N_STEPS:
+            kind = rng.choice(EDITS)
+            if kind == "save":
+                saved = llm.save_state()
+            elif kind == "load" and saved is not None:
+                llm.load_state(saved)
+            else:
+                self._edit(llm, kind, rng, limit, everything)
+            if llm.n_tokens > limit - ROOM:
+                llm.n_tokens = rng.randint(64, limit - ROOM)
+            before = n_steps
+            n_steps = min(N_STEPS, n_steps + rng.randint(1, 60))
+            for token in self._some_text(rng, n_steps - before):
+                llm.eval([token])
+            if before // CHECK_EVERY < n_steps // CHECK_EVERY:
+                self._check(llm, rng, everything and n_steps == N_STEPS)
+
+    def _some_text(self, rng: random.Random, n: int) -> list[int]:
+        start = rng.randrange(len(self._text) - n)
+        return self._text[start : start + n]
+
+    def _edit(self, llm: Llama, kind: str, rng: random.Random, limit: int, everything: bool) -> None:
+        n = llm.n_tokens
+        if kind == "truncate":
+            llm.n_tokens = rng.randint(1, n)
+        elif kind == "regenerate":
+            llm.n_tokens = max(1, n - rng.randint(1, 40))
+            llm.eval(self._some_text(rng, rng.randint(1, 100)))
+        elif kind == "prefix":
+            prompt = llm.input_ids[: rng.randint(1, n)].tolist() + self._some_text(rng, rng.randint(1, 100))
+            next(llm.generate(prompt, temp=0.0))
+        elif kind == "configure" and not everything:
+            budget, predictor = rng.choice((256, 256, 512, 1024, N_CTX)), rng.choice(("auto", "ema"))
+            llm.session.configure(replace(llm.session.config, budget=budget, predictor=predictor, hold=rng.choice((None, 1, 4, 32))))
+        elif kind == "reset":
+            llm.reset()
+            llm.eval(self._some_text(rng, rng.randint(100, limit - ROOM)))
+
+    def _check(self, llm: Llama, rng: random.Random, replay: bool) -> None:
+        n, config, session = llm.n_tokens, llm.session.config, llm.session
+        tokens, (token,) = llm.input_ids[:n].tolist(), self._some_text(rng, 1)
+        self._first.reset()
+        self._first.eval(tokens)
+        for ours, theirs in zip(session.attached.rows(0), self._first_store.rows(0)):
+            np.testing.assert_array_equal(ours[:n], theirs[:n], err_msg="rows of the first layer")
+        if config.device:
+            assert session.attached.verify_pool() == 0, "a slot of the pool differs from the store"
+
+        self._dense.load_state(llm.save_state())
+        session.configure(replace(config, budget=N_CTX))
+        for x in (llm, self._dense):
+            x.eval([token])
+        ours = logits_of(llm)
+        self.difference = max(self.difference, agree(ours, logits_of(self._dense), "given the same state"))
+        if replay:
+            self._dense.reset()
+            self._dense.eval([*tokens, token])
+            self.replayed = max(self.replayed, agree(ours, logits_of(self._dense), "after a dense run of the same tokens"))
+        llm.n_tokens = n
+        session.configure(config)
+        self.n_checks += 1
+
+
+def agree(ours: np.ndarray, dense: np.ndarray, when: str) -> float:
+    """The largest difference of a logit; an AssertionError where it, or the top token, is not as the contract says."""
+    difference = float(np.abs(ours - dense).max())
+    assert difference <= LOGIT_DIFFERENCE, f"logits differ by {difference:.2f} from dense, {when}"
+    second, first = np.sort(dense)[-2:]
+    assert first - second <= 2 * LOGIT_DIFFERENCE or ours.argmax() == dense.argmax(), f"another top token than dense, {when}"
+    return difference
+
+
+def sessions(first: int, last: int) -> None:
+    """Run the sessions [first, last); AssertionError when one of them, or memory, is not as it should be."""
+    soak, process, memory = Sessions(), psutil.Process(), []
+    for number in range(first, last):
+        soak.run(number)
+        memory.append(process.memory_info().rss)
+        if (number + 1) % 10 == 0 or number + 1 == last:
+            print(
+                f"sessions: {number + 1 - first} done, {(number + 1 - first) * N_STEPS:,} steps, {soak.n_checks} checks; logits within "
+                f"{soak.difference:.2f} of dense, {soak.replayed:.2f} after a dense run; {memory[-1] / 1e6:.0f} MB",
+                flush=True,
+            )
+    soak.close()
+    fifth = len(memory) // 5
+    if fifth > 1:
+        assert max(memory[-fifth:]) < memory[fifth - 1] + MEMORY_BYTES, f"memory grew: {[m >> 20 for m in memory]} MiB"
