@@ -146,7 +146,10 @@ def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores that wait belong to the model
     options.log_severity_level = 4
     errors = onnxruntime.capi.onnxruntime_pybind11_state
-    unusable = (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument, RuntimeError)
+    unusable = (
+        *(errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument, RuntimeError),
+        UnicodeDecodeError,  # of a message that quotes the file
+    )
     providers = ["CPUExecutionProvider"]
     if cuda and CUDA in onnxruntime.get_available_providers():
         onnxruntime.preload_dlls()

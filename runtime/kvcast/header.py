@@ -6,7 +6,10 @@ import os
 from dataclasses import dataclass
 
 from .embedded import Embedded, embedded_in
+from .errors import ModelError
 from .gguf_file import GgufFile, row_size
+
+N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +54,20 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises
     ------
     ModelError
-        The file is missing, not a GGUF, or shorter than its header says.
+        The file is missing, not a GGUF, shorter than its header says, or damaged.
     """
     with GgufFile(path) as gguf:
         return header_of(gguf)
 
 
 def header_of(gguf: GgufFile) -> Header:
-    """The header of an open file."""
+    """The header of an open file.
+
+    Raises
+    ------
+    ModelError
+        It holds what would make llama.cpp end the process.
+    """
     arch = gguf.get("general.architecture", "")
 
     def number(key: str, default: int) -> int:
@@ -67,17 +76,23 @@ def header_of(gguf: GgufFile) -> Header:
 
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
+    n_layer = number("block_count", 0)
+    if (gguf.get(f"{arch}.block_count") is not None and not 0 < n_layer <= N_LAYER_MAX):
+        raise ModelError(f"{str(gguf.path)!r} is damaged: it claims {n_layer} layers, and 1 to {N_LAYER_MAX} can be; fetch it again")
+    tokens = gguf.strings("tokenizer.ggml.tokens")
+    if len(set(tokens)) < len(tokens):
+        raise ModelError(f"{str(gguf.path)!r} is damaged: its vocabulary has the same token twice; fetch it again")
     bytes_of = {t.name: t.n_bytes for t in gguf.tensors()}
     return Header(
         arch=arch,
-        n_layer=number("block_count", 0),
+        n_layer=n_layer,
         n_embd=n_embd,
         n_ff=number("feed_forward_length", 0),
         n_head=n_head,
         n_head_kv=number("attention.head_count_kv", n_head),
         head_dim_k=number("attention.key_length", head_dim),
         head_dim_v=number("attention.value_length", head_dim),
-        n_vocab=number("vocab_size", 0) or gguf.count("tokenizer.ggml.tokens"),
+        n_vocab=number("vocab_size", 0) or len(tokens),
         n_ctx_train=number("context_length", 0),
         weights_bytes=sum(bytes_of.values()),
         embedding_bytes=bytes_of.get("token_embd.weight", 0) if "output.weight" in bytes_of else 0,

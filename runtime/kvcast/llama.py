@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from jinja2 import TemplateError
 
 from . import native, sizes
 from .config import SparseConfig
@@ -82,6 +83,10 @@ class Llama(llama_cpp.Llama):
                     "memory ran out; verbose=True shows its own words"
                 ) from error
             raise
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template in {os.fspath(model_path)!r} is wrong ({error}); fetch the file again, or correct its template"
+            ) from error
         self.header = header
         self._config = sparse
         self._callback_error: BaseException | None = None

@@ -126,4 +126,5 @@ def _child(make_surface: Callable[[Path], Surface], cases: range, seed: int, fol
 def _about(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "kvcast" in f.filename or "predictor_onnx" in f.filename] or frames
-    return f"{type(error).__name__} in {Path(own[-1].filename).name}:{own[-1].name}: {str(error)[:120]}"
+    message = re.sub(r"(0x)?[0-9a-f]*[0-9]", "#", str(error))[:120]
+    return f"{type(error).__name__} in {Path(own[-1].filename).name}:{own[-1].name}: {message}"

@@ -15,7 +15,7 @@ from kvcast.history import History
 from kvcast.inspection import _about_predictor
 from kvcast.predictors import Learned
 from kvcast.selection import select
-from predictor_onnx.cli import show
+from predictor_onnx.cli import card as show_card
 from predictor_onnx.infer import PredictorError, resolve
 
 from . import mutate
@@ -32,6 +32,8 @@ class Predictor:
     def __init__(self, folder: Path):
         self._bases = [resolve(name).read_bytes() for name in ("stream", "paper")]
         self._cards = [json.loads(resolve(name).with_suffix(".json").read_text()) for name in ("stream", "paper")]
+        self._path = folder / "case.onnx"
+        self._path.write_bytes(self._bases[0])
         self._history = History(N_LAYER, N_HEAD_KV, N_BLOCKS)
 
     def make(self, rng: random.Random) -> bytes:
@@ -50,7 +52,11 @@ class Predictor:
     def run(self, data: bytes) -> str:
         if data.startswith(CARD):
             _about_predictor(Embedded(b"", data.decode(), ""))
-            show(json.loads(data))
+            self._path.with_suffix(".json").write_bytes(data)
+            try:
+                show_card(str(self._path))
+            except ValueError:
+                return "card refused"
             return "card shown"
         try:
             network = Learned(data, 1, cuda=False)

@@ -24,7 +24,8 @@ FUNCTION = {"name": "f", "description": "", "parameters": {"type": "object", "pr
 COMMON: dict[str, Any] = {
     "model": "tiny", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["x", "y"], "stream": True,
     "seed": 1, "logit_bias": {"5": 1.0}, "logit_bias_type": "input_ids", "presence_penalty": 0.5, "frequency_penalty": 0.5,
-    "repeat_penalty": 1.1, "mirostat_mode": 1, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "grammar": 'root ::= "a" | [b-c]+', "min_tokens": 2, "n": 1, "user": "me",
+    "repeat_penalty": 1.1, "mirostat_mode": 1, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "min_tokens": 2, "n": 1, "user": "me",
+    "grammar": 'root ::= "a" | [b-c]+',
 }  # fmt: skip
 CHAT: dict[str, Any] = {
     **COMMON, "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": {"type": "function", "function": {"name": "f"}},

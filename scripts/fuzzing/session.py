@@ -7,11 +7,11 @@ import random
 import zlib
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 
 from kvcast import Llama, SparseConfig
 from kvcast.cache import MIN_TOKENS, DocumentCache
+from kvcast.native import llama_cpp
 from shapes import write_shape
 
 from . import mutate

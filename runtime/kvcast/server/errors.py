@@ -35,11 +35,14 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         status, (param, message) = 400, _malformed(error)
+    elif isinstance(error, UnicodeEncodeError):
+        status, message = 400, "the request holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; send whole ones"
     elif isinstance(error, KvcastError):
         status, message = 500, str(error)
     else:
         status, message = 500, f"the server failed: {type(error).__name__}: {error}"
     kind = REQUEST if status < 500 else SERVER
+    message = message.encode(errors="replace").decode()
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
