@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int N_PROMPT = 600, N_TAPS = 64, N_STEPS = 64, N_THREADS = 4;
+constexpr int N_PROMPT = 600, N_TAPS = 64, N_STEPS = 64, N_THREADS = 3;
 constexpr int N_SLOTS = 16, N_SINK = 1, N_WINDOW = 4, N_FIXED = N_SINK + N_WINDOW; // blocks
 
 void check(bool good, const char * what) {
@@ -63,7 +63,7 @@ struct session {
             const int n_batch = std::min(n - done, 512);
             std::vector<llama_token> tokens(n_batch);
             for (int i = 0; i < n_batch; ++i) {
-                tokens[i] = 100 + (n_tokens + i)*37 % 5000;
+                tokens[i] = (n_tokens + i)*37 % llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
             }
             const int result = llama_decode(ctx, llama_batch_get_one(tokens.data(), n_batch));
             check(result == 0 || result == 2, "llama_decode failed");
