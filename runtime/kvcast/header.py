@@ -72,13 +72,19 @@ def header_of(gguf: GgufFile) -> Header:
 
     def number(key: str, default: int) -> int:
         value = gguf.get(f"{arch}.{key}", default)
-        return max(value, default=default) if isinstance(value, list) else value  # one for each layer
+        if isinstance(value, list):  # one for each layer
+            value = max(value, default=default)
+        return value if isinstance(value, int) else default  # llama.cpp refuses what is none
 
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
     n_layer = number("block_count", 0)
-    if (gguf.get(f"{arch}.block_count") is not None and not 0 < n_layer <= N_LAYER_MAX):
+    if gguf.get(f"{arch}.block_count") is not None and not 0 < n_layer <= N_LAYER_MAX:
         raise ModelError(f"{str(gguf.path)!r} is damaged: it claims {n_layer} layers, and 1 to {N_LAYER_MAX} can be; fetch it again")
+    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        epsilon = gguf.get(f"{arch}.attention.{key}", 0.0)
+        if isinstance(epsilon, float) and not epsilon >= 0:
+            raise ModelError(f"{str(gguf.path)!r} is damaged: its {key} is {epsilon}, less than 0; fetch it again")
     tokens = gguf.strings("tokenizer.ggml.tokens")
     if len(set(tokens)) < len(tokens):
         raise ModelError(f"{str(gguf.path)!r} is damaged: its vocabulary has the same token twice; fetch it again")

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from . import native, sizes
 from .config import SparseConfig
 from .device import N_HELPERS, DeviceSession
-from .errors import CallbackError, GenerationError, ModelError
+from .errors import CallbackError, ContextFull, GenerationError, ModelError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
@@ -76,6 +76,10 @@ class Llama(llama_cpp.Llama):
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
             super().__init__(os.fspath(model_path), **kwargs)
+        except (TemplateError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"the chat template or another text in {os.fspath(model_path)!r} cannot be read ({error}); fetch the file again"
+            ) from error
         except ValueError as error:
             if "load model" in str(error) or "create llama_context" in str(error):
                 raise ModelError(
@@ -83,10 +87,6 @@ class Llama(llama_cpp.Llama):
                     "memory ran out; verbose=True shows its own words"
                 ) from error
             raise
-        except TemplateError as error:
-            raise ModelError(
-                f"the chat template in {os.fspath(model_path)!r} is wrong ({error}); fetch the file again, or correct its template"
-            ) from error
         self.header = header
         self._config = sparse
         self._callback_error: BaseException | None = None
@@ -110,7 +110,7 @@ class Llama(llama_cpp.Llama):
         if len(tokens) == 0:
             return
         if self.n_tokens + len(tokens) > self._n_ctx:
-            raise GenerationError(
+            raise ContextFull(
                 f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import tempfile
 import traceback
@@ -58,28 +57,28 @@ def fuzz(make_surface: Callable[[Path], Surface], name: str, cases: range, seed:
             theirs.close()
             alive = True
             while alive and case < cases.stop:
-                alive, finding = _next(ours, report)
+                alive, finding, data = _next(ours, report)
                 if not alive:
-                    finding = _end_of(child, folder)
+                    finding, data = _end_of(child, folder), (folder / "input").read_bytes()
                 if finding:
-                    _keep(report, finding, folder / "input", out / f"{name}-{case}")
+                    _keep(report, finding, data, out / f"{name}-{case}")
                 case += 1
             child.join(5)
             child.kill()
     return report
 
 
-def _next(pipe: Connection, report: Report) -> tuple[bool, str]:
-    """Wait for the end of a case: whether the child got there in time, and what was found."""
+def _next(pipe: Connection, report: Report) -> tuple[bool, str, bytes]:
+    """Wait for the end of a case: whether the child got there in time, what was found, and its input."""
     try:
         if not pipe.poll(HANG_S):
-            return False, ""
-        good, said = pipe.recv()
+            return False, "", b""
+        outcome, finding, data = pipe.recv()
     except EOFError:
-        return False, ""
-    if good:
-        report.outcomes[said] += 1
-    return True, "" if good else said
+        return False, "", b""
+    if not finding:
+        report.outcomes[outcome] += 1
+    return True, finding, data
 
 
 def _end_of(child: multiprocessing.process.BaseProcess, folder: Path) -> str:
@@ -94,11 +93,11 @@ def _end_of(child: multiprocessing.process.BaseProcess, folder: Path) -> str:
     return f"{signal.Signals(-code).name if code < 0 else f'exit {code}'}: {' < '.join(said)[:160]}"
 
 
-def _keep(report: Report, finding: str, data: Path, to: Path) -> None:
+def _keep(report: Report, finding: str, data: bytes, to: Path) -> None:
     report.findings[finding] += 1
-    if report.findings[finding] <= N_KEPT and data.exists():
+    if report.findings[finding] <= N_KEPT:
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(data, to)
+        to.write_bytes(data)
         print(f"  {finding}\n    {to}", flush=True)
 
 
@@ -116,10 +115,9 @@ def _child(make_surface: Callable[[Path], Surface], cases: range, seed: int, fol
         os.ftruncate(errors, 0)
         os.lseek(errors, 0, os.SEEK_SET)
         try:
-            said = True, surface.run(data)
+            pipe.send((surface.run(data), "", b""))
         except Exception as error:  # noqa: BLE001 - it is a finding
-            said = False, _about(error)
-        pipe.send(said)
+            pipe.send(("", _about(error), data))
     os._exit(0)  # no destructors: what a case left behind is not of interest
 
 
