@@ -59,7 +59,8 @@ def fuzz(make_surface: Callable[[Path], Surface], name: str, cases: range, seed:
             while alive and case < cases.stop:
                 alive, finding, data = _next(ours, report)
                 if not alive:
-                    finding, data = _end_of(child, folder), (folder / "input").read_bytes()
+                    current = folder / "input"
+                    finding, data = _end_of(child, folder), current.read_bytes() if current.exists() else b""
                 if finding:
                     _keep(report, finding, data, out / f"{name}-{case}")
                 case += 1
