@@ -81,6 +81,11 @@ def test_a_negative_epsilon(tmp_path):
         inspect(path)
 
 
+def test_a_sliding_window_without_end(tmp_path):
+    with pytest.raises(ModelError, match="sliding window of 2147483648 tokens"):
+        inspect(write_shape(tmp_path / "x.gguf", "gemma3", attention__sliding_window=1 << 31))
+
+
 def test_the_same_token_twice(tmp_path):
     path = tiny(tmp_path / "x.gguf", b"word1", b"word0")
     with pytest.raises(ModelError, match="the same token twice"):

@@ -10,6 +10,7 @@ from .errors import ModelError
 from .gguf_file import GgufFile, row_size
 
 N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
+WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def header_of(gguf: GgufFile) -> Header:
     Raises
     ------
     ModelError
-        It holds what would make llama.cpp end the process.
+        It is damaged.
     """
     arch = gguf.get("general.architecture", "")
 
@@ -78,20 +79,13 @@ def header_of(gguf: GgufFile) -> Header:
 
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
-    n_layer = number("block_count", 0)
-    if gguf.get(f"{arch}.block_count") is not None and not 0 < n_layer <= N_LAYER_MAX:
-        raise ModelError(f"{str(gguf.path)!r} is damaged: it claims {n_layer} layers, and 1 to {N_LAYER_MAX} can be; fetch it again")
-    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
-        epsilon = gguf.get(f"{arch}.attention.{key}", 0.0)
-        if isinstance(epsilon, float) and not epsilon >= 0:
-            raise ModelError(f"{str(gguf.path)!r} is damaged: its {key} is {epsilon}, less than 0; fetch it again")
     tokens = gguf.strings("tokenizer.ggml.tokens")
-    if len(set(tokens)) < len(tokens):
-        raise ModelError(f"{str(gguf.path)!r} is damaged: its vocabulary has the same token twice; fetch it again")
+    if wrong := _damage(gguf, arch, tokens):
+        raise ModelError(f"{str(gguf.path)!r} is damaged: {wrong}; fetch it again")
     bytes_of = {t.name: t.n_bytes for t in gguf.tensors()}
     return Header(
         arch=arch,
-        n_layer=n_layer,
+        n_layer=number("block_count", 0),
         n_embd=n_embd,
         n_ff=number("feed_forward_length", 0),
         n_head=n_head,
@@ -104,3 +98,18 @@ def header_of(gguf: GgufFile) -> Header:
         embedding_bytes=bytes_of.get("token_embd.weight", 0) if "output.weight" in bytes_of else 0,
         embedded=embedded_in(gguf),
     )
+
+
+def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
+    """What would make llama.cpp end the process, found by fuzzing; "" for nothing."""
+    n_layer = gguf.get(f"{arch}.block_count")
+    if isinstance(n_layer, int) and not 0 < n_layer <= N_LAYER_MAX:
+        return f"it claims {n_layer} layers, and there can be 1 to {N_LAYER_MAX}"
+    window = gguf.get(f"{arch}.attention.sliding_window")
+    if isinstance(window, int) and window > WINDOW_MAX:
+        return f"it claims a sliding window of {window} tokens"
+    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        epsilon = gguf.get(f"{arch}.attention.{key}")
+        if isinstance(epsilon, float) and not epsilon >= 0:
+            return f"its {key} is {epsilon}, and not 0 or more"
+    return "its vocabulary has the same token twice" if len(set(tokens)) < len(tokens) else ""
