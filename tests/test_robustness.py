@@ -9,6 +9,7 @@ import pytest
 
 from conftest import ROOT
 from kvcast import Llama, ModelError
+from kvcast.cache import DocumentCache
 from kvcast.inspection import inspect
 from predictor_onnx.infer import resolve
 from shapes import write_shape
@@ -101,6 +102,15 @@ def test_texts_that_cannot_be_read(old, new, tmp_path):
 
 def test_names_that_are_no_text(tmp_path):
     assert inspect(tiny(tmp_path / "x.gguf", b"output_norm", b"\xff\xfetput_norm"))["sparse"] is False
+
+
+@pytest.mark.parametrize("wrong", [{"opened": "now"}, {"title": None}, {"n_bytes": []}], ids=str)
+def test_a_description_of_a_document_with_other_types(wrong, tmp_path):
+    entry = {"key": "x", "title": "x", "model": "x", "n_tokens": 1, "n_bytes": 1, "crc32": 1, "opened": 1.0}
+    for name, values in (("good", entry), ("odd", {**entry, **wrong})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    assert [e.key for e in DocumentCache(tmp_path).entries()] == ["x"]
+    assert not (tmp_path / "odd.json").exists()
 
 
 def test_a_damaged_card(tmp_path):
