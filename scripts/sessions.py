@@ -23,7 +23,7 @@ from kvcast.native import Attached, llama_cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [ROOT / "scripts/demo.txt", *sorted((ROOT / "tests/data").glob("*.txt")), Path(kvcast.__file__).parent / "data/prose.txt"]
-N_LAYER = 8
+N_LAYER = 4
 N_CTX, N_STEPS, CHECK_EVERY = 2048, 500, 250
 ROOM = 200  # tokens that an edit and the steps after it may add
 LOGIT_DIFFERENCE = 1.8  # as stated in tests/test_contract.py
