@@ -47,17 +47,14 @@ fuzz: $(VENV)/.installed
 
 # Our C++ with gcc's sanitizers. Address and undefined behaviour: in Python, through tests of the native paths. Threads: a program of
 # its own, with ggml under the sanitizer too, since it is ggml's threads that our nodes run on.
-SANITIZED := tests/test_kernels.py tests/test_scores.py tests/test_summary.py tests/test_edits.py tests/test_callbacks.py tests/test_device.py
-# the long ones among them, and those that start a Python of their own
-SKIPPED := random_edits or examples or bounds or short_context or every_calibration or late or threads
 TINY := build/sanitize/tiny.gguf
 sanitize: build/sanitize/.built
 	rm -rf build/sanitize/site/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data runtime/kvcast/eval runtime/kvcast/server build/sanitize/site/kvcast/ && cp -r predictor_onnx build/sanitize/site/
 	PYTHONPATH=tests $(BIN)/python -c "import shapes; shapes.write_shape('$(TINY)')"
 	build/sanitize/thread/bin/handover $(TINY)
-	ASAN_OPTIONS=detect_leaks=0 build/sanitize/address/bin/handover $(TINY)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/address/bin/handover $(TINY)
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	    PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest $(SANITIZED) -k "not ($(SKIPPED))"
+	    PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest -m sanitize -k "not qwen"
 
 build/sanitize/.built: $(wildcard runtime/native/* patches/*) tests/native/handover.cpp runtime/CMakeLists.txt $(VENV)/.installed
 	mkdir -p build/sanitize

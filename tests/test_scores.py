@@ -42,6 +42,7 @@ def kernels(request, monkeypatch):
     monkeypatch.setenv("KVCAST_KERNELS", request.param)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", [F16, BF16, Q8_0, Q4_0], ids=["f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["smollm2", "qwen"])
 def test_scores_against_numpy(name, kind, request, code, kernels):
@@ -104,6 +105,7 @@ def test_layer_0_against_llama_cpp_softmax(smollm2, code):
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 3, 7])
 def test_any_number_of_threads(smollm2, code, n_threads):
     llm = Llama(smollm2, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)

@@ -27,6 +27,7 @@ def attach(path, code, kind, n_threads=2):
     return llm, attached, tokens, power
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", [F16, Q8_0], ids=["f16", "q8_0"])
 @pytest.mark.parametrize("name", ["smollm2", "qwen"])
 def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
@@ -80,6 +81,7 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 5])
 def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
     llm, attached, tokens, _ = attach(smollm2, code, F16, n_threads)
@@ -107,6 +109,7 @@ def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
     llm.close()
 
 
+@pytest.mark.sanitize
 def test_an_impossible_choice_stops_the_step(smollm2, code):
     llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
