@@ -8,6 +8,7 @@ session does when it attends to everything.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import tempfile
@@ -29,6 +30,7 @@ N_CTX, N_STEPS, CHECK_EVERY = 2048, 500, 250
 ROOM = 200  # tokens that an edit and the steps after it may add
 LOGIT_DIFFERENCE = 1.8  # as stated in tests/test_contract.py
 MEMORY_BYTES = 20 << 20  # that the process may hold more in the last fifth of the sessions than in the first, in the median
+M_MMAP_THRESHOLD = -3  # of malloc.h
 EDITS = {"truncate": 3, "regenerate": 3, "prefix": 3, "save": 2, "load": 3, "configure": 3, "reset": 1}  # and how often
 
 
@@ -169,6 +171,8 @@ def agree(ours: np.ndarray, dense: np.ndarray, when: str) -> float:
 
 def sessions(first: int, last: int) -> None:
     """Run the sessions [first, last); AssertionError when one of them, or memory, is not as it should be."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)  # what is freed goes back to the system, so that memory is what is held
     soak, process, memory = Sessions(), psutil.Process(), []
     for number in range(first, last):
         soak.run(number)
