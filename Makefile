@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan test-convert soak kills lint docs bench patches reference clean
+.PHONY: demo test test-vulkan test-convert soak kills fuzz sanitize lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -37,13 +37,39 @@ build/convert/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade --target build/convert $(TORCH) "transformers>=4.57,<5" safetensors sentencepiece
 	touch $@
 
-# long runs of the device path: minutes
+# long runs: half an hour
 soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py
 
 # 500 processes killed while they save a session: a minute
 kills: $(VENV)/.installed
 	$(BIN)/python scripts/kill_saving.py
+
+# odd input, 100,000 cases: minutes
+fuzz: $(VENV)/.installed
+	$(BIN)/python scripts/fuzz.py
+
+# Our C++ with gcc's sanitizers. Address and undefined behaviour: in Python, through tests of the native paths. Threads: a program of
+# its own, with ggml under the sanitizer too, since it is ggml's threads that our nodes run on.
+TINY := build/sanitize/tiny.gguf
+sanitize: build/sanitize/.built
+	rm -rf build/sanitize/site/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data runtime/kvcast/eval runtime/kvcast/server build/sanitize/site/kvcast/ && cp -r predictor_onnx build/sanitize/site/
+	PYTHONPATH=tests $(BIN)/python -c "import shapes; shapes.write_shape('$(TINY)')"
+	build/sanitize/thread/bin/handover $(TINY)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/address/bin/handover $(TINY)
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	    PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest -m sanitize -k "not qwen"
+
+build/sanitize/.built: $(wildcard runtime/native/* patches/*) tests/native/handover.cpp runtime/CMakeLists.txt $(VENV)/.installed
+	mkdir -p build/sanitize
+	for kind in address thread; do \
+	    options=-DKVCAST_SANITIZE=address,undefined; \
+	    test $$kind = address || options="-DKVCAST_SANITIZE=thread -DGGML_SANITIZE_THREAD=ON -DGGML_OPENMP=OFF"; \
+	    $(BIN)/cmake -S runtime -B build/sanitize/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $$options && \
+	    $(BIN)/cmake --build build/sanitize/$$kind --target kvcast_libraries handover || exit 1; \
+	done > build/sanitize/build.log
+	$(BIN)/cmake --install build/sanitize/address --prefix build/sanitize/site > /dev/null
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

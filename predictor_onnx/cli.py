@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .infer import PaperPredictor, open_predictor, resolve, shipped
@@ -170,14 +171,14 @@ def cost(path: Path) -> dict[str, float]:
 def show(card: dict) -> None:
     """A card's figures."""
     console = Console(width=150, emoji=False)
-    console.print(f"[bold]{card['name']}[/bold]: {card.get('description', '')}", highlight=False)
+    console.print(f"[bold]{escape(card['name'])}[/bold]: {escape(card.get('description', ''))}", highlight=False)
     table = Table(box=None, pad_edge=False, title="middle recovery at 24 blocks, held out", title_justify="left")
     for i, (document, row) in enumerate(card.get("middle_recovery_24_blocks_held_out", {}).items()):
         if i == 0:
             table.add_column("document")
             for column in row:
-                table.add_column(column.replace("_", " "), justify="right")
-        table.add_row(document, *(f"{x:.3f}" for x in row.values()))
+                table.add_column(escape(column.replace("_", " ")), justify="right")
+        table.add_row(escape(document), *(f"{x:.3f}" for x in row.values()))
     if table.row_count:
         console.print(table)
     for key in (
@@ -188,7 +189,7 @@ def show(card: dict) -> None:
         "seconds_to_train",
         "difference_to_torch",
     ):
-        console.print(f"{key.replace('_', ' ')}: {card.get(key)}", highlight=False)
+        console.print(f"{key.replace('_', ' ')}: {card.get(key)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -199,9 +200,13 @@ def card(name: Annotated[str, typer.Argument(help="A predictor that comes with k
         return
     path = resolve(name)
     open_predictor(path)
-    if not path.with_suffix(".json").is_file():
+    described = path.with_suffix(".json")
+    if not described.is_file():
         raise ValueError(f"predictor {str(path)!r} has no card; `kvcast predictor train` writes one beside it")
-    show(json.loads(path.with_suffix(".json").read_text()))
+    try:
+        show(json.loads(described.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the card {str(described)!r} is damaged; `kvcast predictor export` writes it again") from error
 
 
 @app.command()

@@ -24,6 +24,14 @@ class PredictorError(ValueError):
     """A predictor file is missing or cannot be used; the message is one sentence."""
 
 
+def unusable() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises on networks that it cannot load or run."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    names = ("Fail", "InvalidProtobuf", "InvalidGraph", "NotImplemented", "InvalidArgument", "RuntimeException")
+    return (*(getattr(errors, name) for name in names), RuntimeError, UnicodeDecodeError)  # the last, of a message that quotes the file
+
+
 class StreamPredictor:
     """A network on the runtime's exponential averages: ``averages`` (n_rows, n_averages, n_blocks) to ``scores`` (n_rows, n_blocks).
 
@@ -37,7 +45,7 @@ class StreamPredictor:
     by_rows = True
 
     def __init__(self, session: Any, name: str):
-        self._session = session
+        self._session, self._name = session, name
         self.on_gpu = session.get_providers()[0] == CUDA
         shape = session.get_inputs()[0].shape
         if len(shape) != 3:
@@ -45,7 +53,8 @@ class StreamPredictor:
         n_wanted, n_given = shape[1], 5
         if isinstance(n_wanted, int) and n_wanted != n_given:
             raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
-        check(self.run(np.full((2, n_given, 33), 0.01, np.float32)), (2, 33), name)
+        for shape in ((2, 33), (3, 70)):  # one that is made for a shape is found out by the other
+            check(self.run(np.full((shape[0], n_given, shape[1]), 0.01, np.float32)), shape, name)
         self._reach = None if self.on_gpu else self._find_reach(n_given)  # a GPU takes long for each new length
         self._kept: Floats | None = None
         self._kept_at = np.empty(0, np.int64)  # by row: history.clock when its scores were computed
@@ -79,7 +88,7 @@ class StreamPredictor:
 
     def run(self, averages: Floats) -> Floats:
         if not self.on_gpu:
-            return self._session.run([OUTPUT], {"averages": averages})[0]
+            return run(self._session, [OUTPUT], {"averages": averages}, [averages.shape[::2]], self._name)[0]
         binding = self._session.io_binding()
         binding.bind_cpu_input("averages", averages)
         binding.bind_output(OUTPUT, "cpu")
@@ -106,10 +115,11 @@ class PaperPredictor:
     width = 64  # blocks are taken in multiples of this, so that the right edge seldom moves
 
     def __init__(self, session: Any, name: str):
-        self._session = session
+        self._session, self._name = session, name
         self._inner: Floats | None = None
         self._n_seen, self._epoch = 0, -1
-        check(self.run(np.full((9, 2, 33), 0.01, np.float32), 9), (2, 33), name)
+        for n_steps, shape in ((9, (2, 33)), (70, (3, 70))):
+            check(self.run(np.full((n_steps, *shape), 0.01, np.float32), n_steps), shape, name)
         self._inner = None
 
     def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> Floats:
@@ -136,10 +146,22 @@ class PaperPredictor:
         window = rows[-self.n_steps :]
         stacks = {"newest": newest, "leaving": leaving, "oldest": window[:4]}
         given: dict[str, Any] = {name: np.ascontiguousarray(x.transpose(1, 0, 2)) for name, x in stacks.items()}
-        scores, inner = self._session.run([OUTPUT, "new_inner"], {**given, "inner": inner, "n_steps": np.array(len(window), np.float32)})
+        given |= {"inner": inner, "n_steps": np.array(len(window), np.float32)}
+        scores, inner = run(self._session, [OUTPUT, "new_inner"], given, [inner.shape[::2], inner.shape], self._name)
         if len(window) == self.n_steps:  # a shorter window grows at its end only
             self._inner, self._n_seen = inner, n_seen
         return scores
+
+
+def run(session: Any, outputs: list[str], given: dict[str, Any], shapes: list[tuple[int, ...]], name: str) -> list[Floats]:
+    """A network's outputs, of these shapes; PredictorError when it yields others or none."""
+    try:
+        found = session.run(outputs, given)
+    except unusable() as error:
+        raise PredictorError(f"predictor {name!r} cannot be run ({reason(error)}); export it again or use predictor='ema'") from error
+    if [(x.shape, x.dtype) for x in found] != [(shape, np.float32) for shape in shapes]:
+        raise PredictorError(f"predictor {name!r} yields arrays of other shapes than it was asked for; export it again")
+    return found
 
 
 def check(probe: Floats, shape: tuple[int, int], name: str) -> None:
@@ -178,27 +200,20 @@ def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores that wait belong to the model
     options.log_severity_level = 4
-    errors = onnxruntime.capi.onnxruntime_pybind11_state
-    unusable = (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument, RuntimeError)
     providers = ["CPUExecutionProvider"]
     if cuda and CUDA in onnxruntime.get_available_providers():
         onnxruntime.preload_dlls()
         providers.insert(0, CUDA)
     try:
         session = onnxruntime.InferenceSession(str(path) if isinstance(path, Path) else path, options, providers=providers)
-    except unusable as error:
+    except unusable() as error:
         raise PredictorError(f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'") from error
     if cuda and session.get_providers()[0] != CUDA:
         warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; kvcast[cuda] brings it", stacklevel=2)
     given = tuple(i.name for i in session.get_inputs())
     for kind in (StreamPredictor, PaperPredictor):
         if given == kind.inputs and OUTPUT in [o.name for o in session.get_outputs()]:
-            try:
-                return kind(session, name)
-            except unusable as error:
-                raise PredictorError(
-                    f"predictor {name!r} cannot be run ({reason(error)}); export it again or use predictor='ema'"
-                ) from error
+            return kind(session, name)
     wanted = " or ".join(str(kind.inputs) for kind in (StreamPredictor, PaperPredictor))
     raise PredictorError(f"predictor {name!r} takes {given}; kvcast gives {wanted}; export it again or use predictor='ema'")
 

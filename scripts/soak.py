@@ -1,8 +1,10 @@
-"""Long runs of the device path: what the tests do for seconds, for minutes. `make soak`; the exit code says whether all held.
+"""Long runs: what the tests do for seconds, for minutes. `make soak`; the exit code says whether all held. The first three are
+of the device path.
 
 verify   a session of 2,000 steps, the pool compared with the store after each
 faults   1,000 prefetches that are late, fail or end their thread's work: the documented error or the same tokens, never a hang
 rounds   generate and truncate, 20,000 steps, interleaved with dense: speed of the last rounds to the first, memory
+sessions 200 sessions of 500 steps on both paths with random edits, the contract checked twice in each (sessions.py), memory
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 import psutil
 
 from kvcast import GenerationError, Llama, SparseConfig, models, pool
+from sessions import sessions
 
 TEXT = Path(__file__).resolve().parent / "demo.txt"
 
@@ -116,11 +119,18 @@ def rounds(n_steps: int) -> None:
     dense.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("verify", "faults", "rounds"))
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps and tries")
+    parser.add_argument("--only", choices=("verify", "faults", "rounds", "sessions"))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, tries and sessions")
+    parser.add_argument("--sessions", metavar="A:B", help="these of the sessions, to run them in pieces; the last is B - 1")
     options = parser.parse_args()
     for part, n in ((verify, 2000), (faults, 1000), (rounds, 20000)):
         if options.only in (None, part.__name__):
             part(int(n * options.scale))
+    if options.only in (None, "sessions"):
+        sessions(*map(int, options.sessions.split(":"))) if options.sessions else sessions(0, max(2, round(200 * options.scale)))
+
+
+if __name__ == "__main__":
+    main()

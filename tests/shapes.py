@@ -1,4 +1,4 @@
-"""GGUF files that are all header: any shape, tensors of the right size without data (a sparse file), no vocabulary."""
+"""GGUF files that are all header: any shape, tensors of the right size without data (a sparse file), no vocabulary or a tiny one."""
 
 import os
 
@@ -6,8 +6,10 @@ import gguf
 import numpy as np
 
 
-def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=1024, n_ctx=4096, **numbers):
-    """``numbers``: further integer keys, of the family unless they hold a point. Matrices are Q4_0, norms f32; llama's and gemma3's."""
+def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=1024, n_ctx=4096,
+                vocabulary="no_vocab", **numbers):  # fmt: skip
+    """``numbers``: further integer keys, of the family unless they hold a point. Matrices are Q4_0, norms f32; llama's and gemma3's.
+    ``vocabulary``: ``llama`` or ``gpt2`` gives tokens for all bytes, as those tokenizers write them, and a chat template."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(n_layer)
     writer.add_context_length(n_ctx)
@@ -18,7 +20,9 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(n_vocab)
     writer.add_file_type(2)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model(vocabulary)
+    if vocabulary != "no_vocab":
+        _add_tokens(writer, vocabulary, n_vocab)
     for key, value in numbers.items():
         writer.add_uint32(key if "." in key else f"{arch}.{key.replace('__', '.')}", value)
     n_bytes = 0
@@ -52,3 +56,22 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     writer.close()
     os.truncate(path, -(-os.path.getsize(path) // 32) * 32 + n_bytes)
     return path
+
+
+def _add_tokens(writer, vocabulary, n_vocab):
+    special, control, normal, byte = ["<unk>", "<s>", "</s>"], 3, 1, 6
+    if vocabulary == "llama":
+        of_bytes, kind = [f"<0x{b:02X}>" for b in range(256)], byte
+        writer.add_token_scores([0.0] * n_vocab)
+    else:  # printable bytes are themselves, others come after U+00FF
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in shown]
+        of_bytes, kind = [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)], normal
+        writer.add_token_merges(["a b", "t h"])
+        writer.add_tokenizer_pre("default")
+    rest = [f"word{i}" for i in range(n_vocab - 256 - len(special))]
+    writer.add_token_list([*special, *of_bytes, *rest])
+    writer.add_token_types([control] * 3 + [kind] * 256 + [normal] * len(rest))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:")

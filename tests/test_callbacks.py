@@ -20,6 +20,7 @@ def llm(smollm2):
     llm.close()
 
 
+@pytest.mark.sanitize
 def test_kv_is_reported_once_when_a_block_is_complete(llm, code):
     tokens = llm.tokenize(code.encode())
     seen = []
@@ -38,6 +39,7 @@ def test_kv_is_reported_once_when_a_block_is_complete(llm, code):
     assert {block for _, block, *_ in seen} == {25}
 
 
+@pytest.mark.sanitize
 def test_a_failing_kv_callback_is_raised_and_loses_nothing(llm, code):
     tokens = llm.tokenize(code.encode())
 
@@ -54,6 +56,7 @@ def test_a_failing_kv_callback_is_raised_and_loses_nothing(llm, code):
     assert llm.n_tokens == 321
 
 
+@pytest.mark.sanitize
 def test_compiled_callbacks_by_address(llm, code):
     counts = np.zeros(2, np.int64)
     address = counts.ctypes.data
@@ -94,6 +97,7 @@ def _pointer(_context, address):
     return types.CPointer(types.int64)(address), cast
 
 
+@pytest.mark.sanitize
 def test_exact_rows_agree_with_the_block_scores(llm, code):
     tokens = llm.tokenize(code.encode())
     with pytest.raises(ValueError, match="nothing has been evaluated"):

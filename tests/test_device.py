@@ -64,6 +64,7 @@ def test_difference(compiled):
             table[rng.random(table.shape) < 0.1] = -1
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", [1, 8], ids=["f16", "q8_0"])
 def test_staged_blocks_are_those_of_the_store(smollm2, kind):
     llm = Llama(smollm2, n_ctx=512, sparse=SparseConfig(budget=256, path="device"), type_k=kind, type_v=1, n_threads=2, verbose=False)
@@ -84,6 +85,7 @@ def test_staged_blocks_are_those_of_the_store(smollm2, kind):
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kinds", [(1, 1), (8, 8), (2, 8), (1, 2)], ids=["f16", "q8_0", "q4_0-q8_0", "f16-q4_0"])
 @pytest.mark.parametrize("budgets", ["spread", "uniform"])
 def test_the_pool_holds_what_its_table_says(smollm2, code, kinds, budgets):
@@ -147,6 +149,7 @@ def test_threads_that_select_change_nothing(make, code, monkeypatch, on_gpu):
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.sanitize
 def test_a_new_plan_takes_the_last_scores_in_first(make, code):
     """They lie as the plan before says."""
     logits = []
@@ -163,6 +166,7 @@ def test_a_new_plan_takes_the_last_scores_in_first(make, code):
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.sanitize
 def test_host_calibration_is_exact(make, code):
     llm = make(calibrate="host:1", trace=True)
     run(llm, llm.tokenize(code.encode()), 1000, 1)
@@ -187,6 +191,7 @@ def test_prefetch_changes_nothing_but_the_time(make, code):
     assert len(sets[0] & sets[2]) / len(sets[0]) > 0.8
 
 
+@pytest.mark.sanitize
 def test_a_late_prefetch_is_waited_for(make, code, monkeypatch):
     stage, wait = pool.Pool.stage, DeviceSession._wait
     step_done, n_late = threading.Event(), 0

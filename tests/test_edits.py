@@ -75,6 +75,7 @@ def test_50_random_edits(smollm2, code, path):
         llm.close()
 
 
+@pytest.mark.sanitize
 def test_edits_drop_what_is_known_past_the_cut(smollm2, code):
     llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
@@ -92,6 +93,7 @@ def test_edits_drop_what_is_known_past_the_cut(smollm2, code):
     llm.close()
 
 
+@pytest.mark.sanitize
 def test_history_is_made_again_after_a_load(smollm2, code):
     llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
@@ -170,6 +172,7 @@ def test_caches_of_llama_cpp_python(smollm2, code, tmp_path, monkeypatch, kind, 
     plain.close()
 
 
+@pytest.mark.sanitize
 def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
     llm = Llama(smollm2, n_ctx=512, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
@@ -194,6 +197,7 @@ def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_interrupt_keeps_the_session(smollm2, code, path):
     """An abort between two nodes, at every kind of step, then on as if nothing had been."""

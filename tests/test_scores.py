@@ -45,6 +45,7 @@ TYPES = {"f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
 CASES = [(name, kind) for name in ("smollm2", "qwen") for kind in TYPES] + [("gemma3", "f16")]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_scores_against_numpy(name, kind, request, code, kernels):
     kind = TYPES[kind]
@@ -107,6 +108,7 @@ def test_layer_0_against_llama_cpp_softmax(smollm2, code):
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 3, 7])
 def test_any_number_of_threads(smollm2, code, n_threads):
     llm = Llama(smollm2, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)

@@ -138,6 +138,9 @@ def test_odd_requests_do_no_harm(served, client, capfd):
         (lambda: ask(client, SHORT, n=3), "n is 3"),
         (lambda: ask(client, SHORT, logit_bias={"99999999": 1}), "99999999"),
         (lambda: ask(client, SHORT, logit_bias={"x": 1}), "'x'"),
+        (lambda: ask(client, SHORT, logit_bias={"5": -1e39}), "between -100 and 100"),
+        (lambda: ask(client, SHORT, extra_body={"grammar": 'root ::= "a"', "min_tokens": 2}), "min_tokens does not go with"),
+        (lambda: ask(client, SHORT, extra_body={"repeat_penalty": 0}), "repeat_penalty is 0"),
         (lambda: client.embeddings.create(model="sparse", input="x"), "no embeddings"),
         (lambda: client.completions.create(model="sparse", prompt=["a", "b"]), "one prompt"),
         (lambda: client.completions.create(model="sparse", prompt=""), "prompt is empty"),
@@ -148,6 +151,7 @@ def test_odd_requests_do_no_harm(served, client, capfd):
     ):
         with pytest.raises(BadRequestError, match=word):
             call()
+    assert client.completions.create(model="sparse", prompt="1, 2,", max_tokens=2, presence_penalty=None).choices
     assert ask(client, SHORT) and capfd.readouterr().err == ""
 
 
@@ -174,15 +178,18 @@ def test_unknown_routes_and_bodies(served, client, capfd):
         assert status == 400 and answer["error"]["type"] == "invalid_request_error"
     status, answer = post(served, json.dumps({"messages": SHORT}).encode(), Host="evil.example")
     assert status == 403 and "--allow-host" in answer["error"]["message"]
-    status, answer = post(served, json.dumps({"messages": SHORT}).encode(), Origin="https://evil.example")
-    assert status == 403 and "--allow-origin" in answer["error"]["message"]
+    for origin in ("https://evil.example", "http://["):
+        status, answer = post(served, json.dumps({"messages": SHORT}).encode(), Origin=origin)
+        assert status == 403 and "--allow-origin" in answer["error"]["message"]
+    status, answer = post(served, b'{"input": "\\ud800"}', path="/extras/tokenize")
+    assert status == 400 and "surrogate" in answer["error"]["message"]
     assert "Traceback" not in capfd.readouterr().err
 
 
-def post(served, body, **headers):
+def post(served, body, path="/v1/chat/completions", **headers):
     connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=20)
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json", **headers}
-    connection.request("POST", "/v1/chat/completions", body, headers)
+    connection.request("POST", path, body, headers)
     response = connection.getresponse()
     return response.status, json.load(response)
 

@@ -27,6 +27,7 @@ def attach(path, code, kind, n_threads=2):
     return llm, attached, tokens, power
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("name", "kind"), [("smollm2", F16), ("smollm2", Q8_0), ("qwen", F16), ("qwen", Q8_0), ("gemma3", F16)])
 def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
     llm, attached, tokens, power = attach(request.getfixturevalue(name), code, kind)
@@ -79,6 +80,7 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 5])
 def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
     llm, attached, tokens, _ = attach(smollm2, code, F16, n_threads)
@@ -106,6 +108,7 @@ def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
     llm.close()
 
 
+@pytest.mark.sanitize
 def test_an_impossible_choice_stops_the_step(smollm2, code):
     llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())

@@ -38,6 +38,11 @@ class Entry:
     n_bytes: int
     opened: float
 
+    def __post_init__(self) -> None:
+        texts, numbers = (self.key, self.title, self.model), (self.n_tokens, self.n_bytes, self.crc32, self.opened)
+        if not all(isinstance(x, str) for x in texts) or not all(isinstance(x, int | float) for x in numbers):
+            raise TypeError("a field is of another type")
+
 
 def default_folder() -> Path:
     """``$KVCAST_DOCUMENTS``, else ``kvcast/documents`` in the user's cache folder."""

@@ -35,5 +35,9 @@ class GenerationError(KvcastError):
     """A step failed; the store holds everything up to the step before."""
 
 
+class ContextFull(GenerationError):
+    """The tokens do not fit into the context."""
+
+
 class CallbackError(GenerationError):
     """A user's callback raised; the exception is the ``__cause__``."""

@@ -35,6 +35,7 @@ _kv_type = _function("gguf_get_kv_type", ctypes.c_int, _p, _id)
 _str = _function("gguf_get_val_str", _name, _p, _id)
 _arr_type = _function("gguf_get_arr_type", ctypes.c_int, _p, _id)
 _arr_n = _function("gguf_get_arr_n", _size, _p, _id)
+_arr_str = _function("gguf_get_arr_str", _name, _p, _id, _size)
 _arr_data = _function("gguf_get_arr_data", _p, _p, _id)
 _n_tensors = _function("gguf_get_n_tensors", _id, _p)
 _data_offset = _function("gguf_get_data_offset", _size, _p)
@@ -127,7 +128,7 @@ class GgufFile:
         self.close()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A key's number, bool, string or list of numbers; ``default`` where there is none. Arrays of strings: see ``count``."""
+        """A key's number, bool, string or list of numbers; ``default`` where there is none. Arrays of strings: see ``strings``."""
         i = _find_key(self._gguf, key.encode())
         if i < 0:
             return default
@@ -144,6 +145,13 @@ class GgufFile:
         i = _find_key(self._gguf, key.encode())
         return _arr_n(self._gguf, i) if i >= 0 and _kv_type(self._gguf, i) == _ARRAY else 0
 
+    def strings(self, key: str) -> list[bytes]:
+        """An array of strings, as they are; empty where there is none."""
+        i = _find_key(self._gguf, key.encode())
+        if i < 0 or _kv_type(self._gguf, i) != _ARRAY or _arr_type(self._gguf, i) != _STRING:
+            return []
+        return [_arr_str(self._gguf, i, j) for j in range(_arr_n(self._gguf, i))]
+
     def get_bytes(self, key: str) -> bytes | None:
         """An array of uint8; None where there is none."""
         i = _find_key(self._gguf, key.encode())
@@ -154,7 +162,7 @@ class GgufFile:
     def tensors(self) -> list[Tensor]:
         gguf = self._gguf
         return [
-            Tensor(_tensor_name(gguf, i).decode(), _type_name(_tensor_type(gguf, i)).decode(), _tensor_size(gguf, i))
+            Tensor(_tensor_name(gguf, i).decode(errors="replace"), _type_name(_tensor_type(gguf, i)).decode(), _tensor_size(gguf, i))
             for i in range(_n_tensors(gguf))
         ]
 

@@ -6,9 +6,12 @@ import os
 from dataclasses import dataclass
 
 from .embedded import Embedded, embedded_in
+from .errors import ModelError
 from .gguf_file import GgufFile, row_size
 
 SWA_PERIOD = {"cohere2": 4, "gemma3": 6, "olmo2": 4}  # of so many layers the last attends to everything, where the file says nothing else
+N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
+WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +72,27 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises
     ------
     ModelError
-        The file is missing, not a GGUF, or shorter than its header says.
+        The file is missing, not a GGUF, shorter than its header says, or damaged.
     """
     with GgufFile(path) as gguf:
         return header_of(gguf)
 
 
 def header_of(gguf: GgufFile) -> Header:
-    """The header of an open file."""
+    """The header of an open file.
+
+    Raises
+    ------
+    ModelError
+        It is damaged.
+    """
     arch = gguf.get("general.architecture", "")
 
     def number(key: str, default: int) -> int:
         value = gguf.get(f"{arch}.{key}", default)
-        return max(value, default=default) if isinstance(value, list) else value  # one for each layer
+        if isinstance(value, list):  # one for each layer
+            value = max(value, default=default)
+        return value if isinstance(value, int) else default  # llama.cpp refuses what is none
 
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
@@ -89,6 +100,9 @@ def header_of(gguf: GgufFile) -> Header:
     pattern = gguf.get(f"{arch}.attention.sliding_window_pattern", SWA_PERIOD.get(arch)) if arch in SWA_PERIOD and n_swa else None
     if isinstance(pattern, int):
         pattern = [i % pattern < pattern - 1 for i in range(n_layer)]
+    tokens = gguf.strings("tokenizer.ggml.tokens")
+    if wrong := _damage(gguf, arch, tokens):
+        raise ModelError(f"{str(gguf.path)!r} is damaged: {wrong}; fetch it again")
     bytes_of = {t.name: t.n_bytes for t in gguf.tensors()}
     return Header(
         arch=arch,
@@ -101,9 +115,24 @@ def header_of(gguf: GgufFile) -> Header:
         n_head_kv=number("attention.head_count_kv", n_head),
         head_dim_k=number("attention.key_length", head_dim),
         head_dim_v=number("attention.value_length", head_dim),
-        n_vocab=number("vocab_size", 0) or gguf.count("tokenizer.ggml.tokens"),
+        n_vocab=number("vocab_size", 0) or len(tokens),
         n_ctx_train=number("context_length", 0),
         weights_bytes=sum(bytes_of.values()),
         embedding_bytes=bytes_of.get("token_embd.weight", 0) if "output.weight" in bytes_of else 0,
         embedded=embedded_in(gguf),
     )
+
+
+def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
+    """What would make llama.cpp end the process, found by fuzzing; "" for nothing."""
+    n_layer = gguf.get(f"{arch}.block_count")
+    if isinstance(n_layer, int) and not 0 < n_layer <= N_LAYER_MAX:
+        return f"it claims {n_layer} layers, and there can be 1 to {N_LAYER_MAX}"
+    window = gguf.get(f"{arch}.attention.sliding_window")
+    if isinstance(window, int) and window > WINDOW_MAX:
+        return f"it claims a sliding window of {window} tokens"
+    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        epsilon = gguf.get(f"{arch}.attention.{key}")
+        if isinstance(epsilon, float) and not epsilon >= 0:
+            return f"its {key} is {epsilon}, and not 0 or more"
+    return "its vocabulary has the same token twice" if len(set(tokens)) < len(tokens) else ""

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import psutil
+from jinja2 import TemplateError
 
 from . import native, session_file, sizes
 from .config import SparseConfig
 from .device import DeviceSession
-from .errors import CallbackError, GenerationError, ModelError, SessionError
+from .errors import CallbackError, ContextFull, GenerationError, ModelError, SessionError
 from .header import Header, read_header
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
@@ -84,6 +85,10 @@ class Llama(llama_cpp.Llama):
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
             super().__init__(os.fspath(model_path), **kwargs)
+        except (TemplateError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"the chat template or another text in {os.fspath(model_path)!r} cannot be read ({error}); fetch the file again"
+            ) from error
         except ValueError as error:
             if "load model" in str(error) or "create llama_context" in str(error):
                 raise ModelError(
@@ -120,7 +125,7 @@ class Llama(llama_cpp.Llama):
         if len(tokens) == 0:
             return
         if self.n_tokens + len(tokens) > self._n_ctx:
-            raise GenerationError(
+            raise ContextFull(
                 f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )

@@ -65,7 +65,7 @@ inline float exp_neg(float x) {
     p = p*r + 0.5f;
     p = p*r + 1.0f;
     p = p*r + 1.0f;
-    int32_t bits;
+    uint32_t bits; // the shift drops what is above the low bits
     memcpy(&bits, &shifted, 4);
     bits = (bits << 23) + 0x3f800000;
     float scale;
@@ -110,7 +110,7 @@ inline vf exp2_rough(vf x) {
     x = (vf) _mm512_min_ps((__m512) x, _mm512_set1_ps(100.0f));
     const __m512 n = _mm512_roundscale_ps((__m512) x, 0);
 #elif defined(__GNUC__)
-    typedef int32_t vi __attribute__((vector_size(4*W)));
+    typedef uint32_t vi __attribute__((vector_size(4*W)));
     const vf low = vf{} - 126.0f, high = vf{} + 100.0f;
     x = x < low ? low : x;
     x = x > high ? high : x;

@@ -406,6 +406,8 @@ int32_t kvcast_collect(kvcast_context * kv) {
     }
     pool.seen_pos    = kv->q_pos[0];
     pool.seen_blocks = kv->n_used_blocks;
+    pool.seen_cell_pos      = kv->cell_pos;
+    pool.seen_block_max_pos = kv->block_max_pos;
     for (int il = 0; il < info.n_layer; ++il) {
         const auto & layer = *kv->layers[il];
         memcpy((char *) layer.k + pool.new_cell*info.k_row_bytes, (const char *) pool.received_at(pool.new_k) + il*info.k_row_bytes, info.k_row_bytes);
@@ -455,6 +457,8 @@ void kvcast_score_store(kvcast_context * kv, int32_t layer, int32_t head, float 
     const std::vector<int32_t> q_pos(group, pool.seen_pos);
     kvcast::pack_queries(kvcast::queries(pool.query(layer), dim), head, group, 0, 1, kv->layers[layer]->scale, queries.data());
     kvcast::task t = kv->task_of(kvcast::keys_of(*kv, layer, head), queries.data(), q_pos.data(), group, work.data());
+    t.cell_pos      = pool.seen_cell_pos.data();
+    t.block_max_pos = pool.seen_block_max_pos.data();
     t.blocks    = kv->all_blocks.data();
     t.n_blocks  = n;
     t.block_sum = sum.data();

@@ -78,6 +78,8 @@ struct kvcast_pool {
     int32_t new_cell  = -1;
     int32_t seen_pos  = -1;                // position of the query in `received`
     int     seen_blocks = 0;               // n_used_blocks then
+    std::vector<int32_t> seen_cell_pos;    // cell_pos then: kvcast_score_store runs while the next step writes its own
+    std::vector<int32_t> seen_block_max_pos;
 
     const float * received_at(const ggml_tensor * t) const;
     const float * query(int layer) const;  // [n_head][head_dim_k]

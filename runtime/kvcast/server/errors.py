@@ -11,9 +11,10 @@ from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
-from ..errors import KvcastError
+from ..errors import ContextFull, KvcastError
 
 REQUEST, SERVER = "invalid_request_error", "server_error"
+TOO_LONG = "context_length_exceeded"
 OF_THE_REQUEST = (ValueError, TemplateError, KeyError, TypeError, IndexError)  # what llama-cpp-python raises on odd requests
 _TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
@@ -35,11 +36,16 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         status, (param, message) = 400, _malformed(error)
+    elif isinstance(error, UnicodeEncodeError):
+        status, message = 400, "the request holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; send whole ones"
+    elif isinstance(error, ContextFull):
+        status, message, code = 400, str(error), TOO_LONG
     elif isinstance(error, KvcastError):
         status, message = 500, str(error)
     else:
         status, message = 500, f"the server failed: {type(error).__name__}: {error}"
     kind = REQUEST if status < 500 else SERVER
+    message = message.encode(errors="replace").decode()
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -61,7 +67,7 @@ def of_the_request(error: Exception) -> ApiError:
             f"the messages have {int(found[1]):,} tokens and the context holds {int(found[2]):,}; "
             "shorten them, or start the server with a larger --context"
         )
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return ApiError(400, message, param="messages", code=TOO_LONG)
     reason = str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"
     return ApiError(400, f"the request cannot be answered: {reason}")
 

@@ -43,16 +43,22 @@ class Guard:
 
     def _wrong(self, headers: Headers) -> str | None:
         host = headers.get("host", "")
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").lower()
-        except ValueError:
-            name = ""
+        name = _split(f"//{host}")[0]
         if name not in self._hosts and not _is_address(name):
             return f"this server is not called {host!r}; start it with --allow-host {name or 'NAME'} if it should be"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower() and origin not in self._origins:
+        if origin is not None and _split(origin)[1] != host.lower() and origin not in self._origins:
             return f"pages of {origin!r} may not use this server; start it with --allow-origin {origin} if they should"
         return None
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Host, and host with port, in lower case; "" where there is none."""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname or "").lower(), parts.netloc.lower()
+    except ValueError:
+        return "", ""
 
 
 def _is_address(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -73,11 +74,24 @@ class ServedLlama(Llama):
         Raises
         ------
         ValueError
-            The grammar or a token of ``logit_bias`` is wrong.
+            The grammar, a token of ``logit_bias`` or a number is wrong.
         """
-        if wrong := [token for token in kwargs.get("logit_bias") or {} if not 0 <= int(token) < self.n_vocab()]:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if kwargs.get(name, 0.0) is None:
+                kwargs[name] = 0.0
+        bias = kwargs.get("logit_bias") or {}
+        if wrong := [token for token in bias if not 0 <= int(token) < self.n_vocab()]:
             raise ValueError(f"logit_bias names the token {wrong[0]}; the model has 0 to {self.n_vocab() - 1}")
+        if wrong := [value for value in bias.values() if not abs(value) <= 100]:
+            raise ValueError(f"logit_bias has the value {wrong[0]}; values lie between -100 and 100")
+        for name in ("temperature", "min_p", "repeat_penalty"):
+            if not math.isfinite(kwargs.get(name, 1.0)):
+                raise ValueError(f"{name} is {kwargs[name]}; it must be a finite number")
+        if kwargs.get("repeat_penalty", 1.0) <= 0:
+            raise ValueError(f"repeat_penalty is {kwargs['repeat_penalty']}; it must be more than 0, and 1 is none")
         if (grammar := kwargs.get("grammar")) is not None:
+            if kwargs.get("logits_processor"):  # no token is left where the grammar ends: llama.cpp would end the process
+                raise ValueError("min_tokens does not go with a grammar, a response_format or a tool that is called; leave it out")
             self._check_grammar(grammar)
         if isinstance(prompt, list) and self._turn is not None and self._turn.messages and len(prompt) < self.n_ctx():
             self._open_document(prompt, self._turn.messages)

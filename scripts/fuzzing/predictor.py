@@ -1,0 +1,111 @@
+"""Networks and their cards: loaded, asked for a prediction, and what they predict selected by."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from kvcast.embedded import Embedded
+from kvcast.history import History
+from kvcast.inspection import _about_predictor
+from kvcast.predictors import Learned
+from kvcast.selection import select
+from predictor_onnx.cli import card as show_card
+from predictor_onnx.infer import PredictorError, resolve
+
+from . import mutate
+
+N_LAYER, N_HEAD_KV, N_BLOCKS = 2, 2, 80
+CARD = b"{"  # the first byte of a card; a network's is another
+OPERATORS = ("Conv", "Relu", "Add", "Concat", "Gather", "Reshape", "Squeeze", "Slice", "Transpose", "Resize", "Expand", "Tile", "MatMul",
+             "ReduceMean", "Identity", "Cast", "Pad", "Shape", "ConstantOfShape", "Loop", "If", "Softmax", "NonZero", "Scan")  # fmt: skip
+
+
+class Predictor:
+    """A surface; see ``harness.Surface``."""
+
+    def __init__(self, folder: Path):
+        self._bases = [resolve(name).read_bytes() for name in ("stream", "paper")]
+        self._cards = [json.loads(resolve(name).with_suffix(".json").read_text()) for name in ("stream", "paper")]
+        self._path = folder / "case.onnx"
+        self._path.write_bytes(self._bases[0])
+        self._history = History(N_LAYER, N_HEAD_KV, N_BLOCKS)
+
+    def make(self, rng: random.Random) -> bytes:
+        i = rng.randrange(2)
+        kind = rng.random()
+        if kind < 0.1:
+            card = self._cards[i]
+            for _ in range(rng.randint(1, 3)):
+                card = mutate.value(rng, card)
+            return json.dumps(card if isinstance(card, dict) else {"name": card}).encode("utf-8", "replace")
+        data = self._bases[i]
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            data = mutate.some_bytes(rng, data) if kind < 0.5 else _another(rng, data)
+        return data
+
+    def run(self, data: bytes) -> str:
+        if data.startswith(CARD):
+            _about_predictor(Embedded(b"", data.decode(), ""))
+            self._path.with_suffix(".json").write_bytes(data)
+            try:
+                show_card(str(self._path))
+            except ValueError:
+                return "card refused"
+            return "card shown"
+        try:
+            network = Learned(data, 1, cuda=False)
+        except PredictorError:
+            return "refused"
+        history, rng = self._history, np.random.default_rng(0)
+        history.truncate(0)
+        history.keep_steps(network.n_steps_kept)
+        history.observe_all(rng.random((N_LAYER, 8, N_HEAD_KV, N_BLOCKS), np.float32), 0, 8, 60)
+        blocks = np.zeros((N_LAYER * N_HEAD_KV, N_BLOCKS), np.int32)
+        n_listed, shares = np.zeros(len(blocks), np.int32), np.zeros(len(blocks), np.float32)
+        try:
+            for n_used in (41, 60, 60):
+                scores = network.predict(history, n_used)
+                select(scores, n_used, 12, 1, 4, blocks, n_listed, shares, "spread")
+                for row, n in zip(blocks, n_listed):
+                    assert 5 <= n <= n_used and row[0] == 0 and row[n - 1] == n_used - 1 and (np.diff(row[:n]) > 0).all(), "not a list"
+        except PredictorError:
+            return "refused when asked"
+        return "predicts"
+
+
+def _another(rng: random.Random, data: bytes) -> bytes:
+    """A network with one thing changed that is still ONNX."""
+    model = onnx.ModelProto.FromString(data)
+    graph: Any = model.graph
+    node, constant = rng.choice(graph.node), rng.choice(graph.initializer)
+    kind = rng.randrange(9)
+    if kind == 0:
+        node.op_type = rng.choice(OPERATORS)
+    elif kind == 1 and node.attribute:
+        attribute = rng.choice(node.attribute)
+        if attribute.ints:
+            attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice((-1, 0, 1, 2, 3, 64, 2**31, 2**62))
+        else:
+            attribute.i = rng.choice((-1, 0, 1, 2, 2**31, 2**62))
+    elif kind == 2 and constant.dims:
+        constant.dims[rng.randrange(len(constant.dims))] = rng.choice((-1, 0, 1, 2, 5, 2**31, 2**40))
+    elif kind == 3:
+        constant.raw_data = mutate.some_bytes(rng, constant.raw_data)
+    elif kind == 4:
+        graph.node.remove(node)
+    elif kind == 5 and node.input:
+        node.input[rng.randrange(len(node.input))] = rng.choice([*(n.output[0] for n in graph.node), *(c.name for c in graph.initializer)])
+    elif kind == 6:
+        dim = rng.choice(rng.choice([*graph.input, *graph.output]).type.tensor_type.shape.dim or [onnx.TensorShapeProto.Dimension()])
+        dim.dim_value = rng.choice((0, 1, 5, 33, 64, -1, 2**31))
+    elif kind == 7:
+        model.opset_import[0].version = rng.choice((0, 1, 7, 13, 21, 99, -1))
+    else:
+        constant.data_type = rng.randrange(20)
+    return model.SerializeToString()

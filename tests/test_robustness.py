@@ -1,0 +1,122 @@
+"""Odd input, a little of what `make fuzz` and `make soak` do at length; and what they found."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from kvcast import Llama, ModelError
+from kvcast.cache import DocumentCache
+from kvcast.inspection import inspect
+from predictor_onnx.infer import resolve
+from shapes import write_shape
+from test_errors import command, one_sentence
+
+SCRIPTS = ROOT / "scripts"
+
+
+def run(script, *arguments):
+    return subprocess.run([sys.executable, SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("surface", "n_cases"), [("gguf", 300), ("predictor", 300), ("session", 40), ("server", 500)])
+def test_odd_input(surface, n_cases, tmp_path):
+    done = run("fuzz.py", "--surface", surface, "--cases", n_cases, "--out", tmp_path)
+    assert done.returncode == 0 and f"{n_cases} cases" in done.stdout, done.stdout + done.stderr
+
+
+def test_sessions_at_random():
+    done = run("soak.py", "--only", "sessions", "--scale", 0.01)
+    assert done.returncode == 0 and "1,000 steps" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_crash_is_one_finding_and_the_next_case_goes_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from fuzzing.harness import fuzz
+
+    class Fragile:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def make(self, rng):
+            return bytes([rng.randrange(4)])
+
+        def run(self, data):
+            if data == b"\0":
+                import ctypes
+
+                ctypes.string_at(0)
+            if data == b"\1":
+                raise KeyError("odd")
+            return "fine"
+
+    report = fuzz(Fragile, "fragile", range(40), 1, tmp_path)
+    assert sum(report.outcomes.values()) + sum(report.findings.values()) == 40
+    assert {f.split()[0] for f in report.findings} == {"SIGSEGV:", "KeyError"}
+    kept = {p.read_bytes() for p in tmp_path.iterdir()}
+    assert kept == {b"\0", b"\1"}
+
+
+def tiny(path, old=b"", new=b"", **shape):
+    """A tiny model, with some bytes of its header replaced by as many others."""
+    data = write_shape(path, vocabulary="llama", n_vocab=320, **shape).read_bytes()
+    assert len(old) == len(new) and old in data
+    path.write_bytes(data.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize("n_layer", [0, 513])
+def test_a_number_of_layers_that_llama_cpp_would_not_survive(n_layer, tmp_path):
+    right = (2).to_bytes(4, "little")
+    key = b"llama.block_count" + (4).to_bytes(4, "little")
+    path = tiny(tmp_path / "x.gguf", key + right, key + n_layer.to_bytes(4, "little"))
+    one_sentence(command("inspect", path), f"claims {n_layer} layers")
+
+
+def test_a_negative_epsilon(tmp_path):
+    path = tiny(tmp_path / "x.gguf", struct.pack("<f", 1e-5), struct.pack("<f", -1e-5))
+    with pytest.raises(ModelError, match="layer_norm_rms_epsilon"):
+        inspect(path)
+
+
+def test_a_sliding_window_without_end(tmp_path):
+    with pytest.raises(ModelError, match="sliding window of 2147483648 tokens"):
+        inspect(write_shape(tmp_path / "x.gguf", "gemma3", attention__sliding_window=1 << 31))
+
+
+def test_the_same_token_twice(tmp_path):
+    path = tiny(tmp_path / "x.gguf", b"word1", b"word0")
+    with pytest.raises(ModelError, match="the same token twice"):
+        Llama(path, verbose=False)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"endfor", b"endfox"), (b"</s>", b"</\xff>")])
+def test_texts_that_cannot_be_read(old, new, tmp_path):
+    path = tiny(tmp_path / "x.gguf", old, new)
+    with pytest.raises(ModelError, match="chat template"):
+        Llama(path, n_ctx=64, verbose=False)
+
+
+def test_names_that_are_no_text(tmp_path):
+    assert inspect(tiny(tmp_path / "x.gguf", b"output_norm", b"\xff\xfetput_norm"))["sparse"] is False
+
+
+@pytest.mark.parametrize("wrong", [{"opened": "now"}, {"title": None}, {"n_bytes": []}], ids=str)
+def test_a_description_of_a_document_with_other_types(wrong, tmp_path):
+    entry = {"key": "x", "title": "x", "model": "x", "n_tokens": 1, "n_bytes": 1, "crc32": 1, "opened": 1.0}
+    for name, values in (("good", entry), ("odd", {**entry, **wrong})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    assert [e.key for e in DocumentCache(tmp_path).entries()] == ["x"]
+    assert not (tmp_path / "odd.json").exists()
+
+
+def test_a_damaged_card(tmp_path):
+    network = tmp_path / "x.onnx"
+    network.write_bytes(resolve("stream").read_bytes())
+    card = json.loads(resolve("stream").with_suffix(".json").read_text())
+    for wrong in ([], {}, {**card, "name": None}, {**card, "middle_recovery_24_blocks_held_out": [1]}):
+        network.with_suffix(".json").write_text(json.dumps(wrong))
+        one_sentence(command("predictor", "card", network), "is damaged")
