@@ -76,7 +76,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
-            llama_cpp.Llama.__init__(self, os.fspath(model_path), **kwargs)
+            super(Lifetime, self).__init__(os.fspath(model_path), **kwargs)
         except ValueError as error:
             if "load model" in str(error) or "create llama_context" in str(error):
                 raise ModelError(
@@ -257,7 +257,7 @@ class Llama(Lifetime, llama_cpp.Llama):
             self._session.close()
         self._forget_native()
         if hasattr(self, "_stack"):
-            llama_cpp.Llama.close(self)
+            super(Lifetime, self).close()
 
     def _leave_to_parent(self) -> None:
         for part in (self._batch, self._ctx, self._model, self):
