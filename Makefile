@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan test-convert soak lint docs bench patches reference clean
+.PHONY: demo test test-vulkan test-convert soak faults lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -40,6 +40,12 @@ build/convert/.installed: pyproject.toml
 # long runs of the device path: minutes
 soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py
+
+# faults on purpose, 50 of each kind: minutes
+faults: $(VENV)/.installed
+	$(BIN)/python scripts/faults.py --only interrupts --count 200
+	$(BIN)/python scripts/faults.py --only signals --count 200
+	$(BIN)/python scripts/faults.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ class Llama(Lifetime, llama_cpp.Llama):
     def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
         Lifetime.__init__(self)
         self._session: Session | None = None
-        self._hushed = False  # an interrupt silences llama.cpp's messages
+        self._hushed = False  # llama.cpp's messages are silenced
+        self._evaluator: int | None = None  # the thread that is in eval
         unknown = [name for name in kwargs if name not in _ARGUMENTS or name == "kwargs"]
         if unknown:
             close = _closest(unknown[0])
@@ -111,29 +113,33 @@ class Llama(Lifetime, llama_cpp.Llama):
         Raises
         ------
         GenerationError
-            It failed, was interrupted, or the model was closed; ``n_tokens`` says what the store holds.
+            It failed, was interrupted, the model was closed or another thread uses it; ``n_tokens`` says what the store holds.
         """
         self._bind_to_process()
-        session = self._session
-        if session is None:
-            for i in range(0, max(1, len(tokens)), self.n_batch):
+        me = threading.get_ident()
+        if self._evaluator not in (None, me):
+            raise GenerationError("another thread evaluates with this model, which holds one sequence; take turns, or load it twice")
+        self._evaluator = me
+        in_generation = self._n_inside > 0  # then an interrupt since its last step counts
+        try:
+            if self._session is None:
+                for i in range(0, max(1, len(tokens)), self.n_batch):
+                    with self._using():
+                        self._evaluate(tokens[i : i + self.n_batch])
+            elif len(tokens) > 0:
                 with self._using():
-                    self._evaluate(tokens[i : i + self.n_batch])
-            return
-        if len(tokens) == 0:
-            return
+                    if not in_generation:
+                        self._clear_abort()
+                    self._advance(self._session, list(tokens))
+        finally:
+            self._evaluator = None
+
+    def _advance(self, session: Session, tokens: list[int]) -> None:
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise GenerationError(
                 f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )
-        in_generation = self._n_inside > 0  # then an interrupt since its last step counts
-        with self._using():
-            if not in_generation:
-                self._clear_abort()
-            self._advance(session, list(tokens))
-
-    def _advance(self, session: Session, tokens: list[int]) -> None:
         n_before, whole = self.n_tokens, False  # whether what is run is taken whole or not at all
         try:
             if session.n_tokens != self.n_tokens or not session.history.primed:
@@ -155,9 +161,9 @@ class Llama(Lifetime, llama_cpp.Llama):
             if whole:
                 self.n_tokens = min(self.n_tokens, n_before)
             self._after_failure()
-            if not whole or not isinstance(error, Exception):
+            if not isinstance(error, Exception):
                 raise
-            said = str(error) if isinstance(error, RuntimeError) else f"the step failed: {type(error).__name__}: {error}"
+            said = str(error) if isinstance(error, RuntimeError) else f"evaluating failed: {type(error).__name__}: {error}"
             raise GenerationError(f"{said}; the store holds the {self.n_tokens} tokens before it") from error
 
     def _evaluate(self, tokens: Sequence[int]) -> None:
@@ -295,10 +301,15 @@ class Llama(Lifetime, llama_cpp.Llama):
         with self._lock:
             if self._session is None or self._freed:
                 return
-            if not self._hushed:  # llama.cpp calls a stopped step an error, in three lines
+            self._hush()
+            self._session.attached.abort()
+
+    def _hush(self) -> None:
+        """Until the next step: llama.cpp calls a stopped one an error, in three lines."""
+        with self._lock:
+            if not self._hushed:
                 self._hushed = True
                 native.hush()
-            self._session.attached.abort()
 
     def _clear_abort(self) -> None:
         with self._lock:
@@ -416,6 +427,7 @@ class Llama(Lifetime, llama_cpp.Llama):
                 return 0
             except BaseException as error:  # noqa: BLE001 - must not pass through native code; raised again by _decode
                 self._callback_error = error
+                self._hush()
                 return 1
 
         attached.set_attention_callback(call)
