@@ -12,12 +12,13 @@ from kvcast import GenerationError, Llama, SparseConfig
 spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts" / "faults.py")
 faults = sys.modules["faults"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(faults)
-COUNTS = {"interrupts": 10, "signals": 10, "exits": 1, "closes": 2}
+COUNTS = {"interrupts": 8, "signals": 8, "python_callbacks": 4, "compiled_callbacks": 4}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C on its way into a callback
 @pytest.mark.parametrize("kind", faults.KINDS, ids=lambda kind: kind.__name__)
 def test_faults(kind):
-    faults.inject(kind, COUNTS.get(kind.__name__, 4), seed=1)
+    faults.inject(kind, COUNTS.get(kind.__name__, 2), seed=1)
 
 
 @pytest.mark.parametrize("sparse", [None, SparseConfig(budget=256)], ids=["dense", "sparse"])

@@ -103,7 +103,7 @@ class Lifetime:
         self._home = os.getpid()
 
     def close(self) -> None:
-        """Free everything. Safe to call twice, and at any moment: a step that runs is stopped, and what waits for its end is freed then."""
+        """Free now, or when the last call that is inside leaves."""
         if self._home not in (None, os.getpid()):
             if not self._freed:
                 self._freed = True

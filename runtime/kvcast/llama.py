@@ -257,6 +257,11 @@ class Llama(Lifetime, llama_cpp.Llama):
             if self._session is not None:
                 self._session.forget()
 
+    def close(self) -> None:
+        """Free everything. Safe to call twice, and at any moment from any thread or callback: what runs is stopped, and freed when it ends;
+        later use raises ``GenerationError``."""
+        super().close()
+
     def _free(self) -> None:
         self._clear_abort()
         if self._session is not None:
