@@ -1,6 +1,5 @@
 """A few faults of each kind; `make faults` injects many."""
 
-import importlib.util
 import sys
 import threading
 
@@ -9,9 +8,9 @@ import pytest
 from conftest import ROOT
 from kvcast import GenerationError, Llama, SparseConfig
 
-spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts" / "faults.py")
-faults = sys.modules["faults"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(faults)
+sys.path.insert(0, str(ROOT / "scripts"))
+import faults  # noqa: E402
+
 COUNTS = {"interrupts": 8, "signals": 8, "python_callbacks": 4, "compiled_callbacks": 4}
 
 
@@ -50,6 +49,18 @@ def test_two_models_interrupted_leave_llama_cpp_as_loud_as_before(smollm2):
     assert _logger.logger.level == before
     for llm in models:
         llm.close()
+
+
+def test_an_interrupt_between_two_steps_stops_the_next(smollm2):
+    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+    llm.interrupt()  # nothing runs: nothing is stopped
+    generating = llm.generate([1, 2, 3])
+    next(generating)
+    llm.interrupt()
+    with pytest.raises(GenerationError, match="stopped"):
+        next(generating)
+    llm.eval([4])
+    llm.close()
 
 
 def test_closed_is_closed(smollm2):
