@@ -41,10 +41,8 @@ build/convert/.installed: pyproject.toml
 soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py
 
-# faults on purpose, 50 of each kind: minutes
+# faults on purpose: minutes
 faults: $(VENV)/.installed
-	$(BIN)/python scripts/faults.py --only interrupts --count 200
-	$(BIN)/python scripts/faults.py --only signals --count 200
 	$(BIN)/python scripts/faults.py
 
 lint: $(VENV)/.installed

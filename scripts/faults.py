@@ -1,4 +1,4 @@
-"""Faults on purpose, each kind `--count` times. `make faults`; the exit code says whether all held.
+"""Faults on purpose, 50 of each kind and 200 random interrupts. `make faults`; the exit code says whether all held.
 
 After a fault the answer goes on, and must be that of an undisturbed run, token by token. What hangs ends with a traceback of every
 thread. Budgets are as large as the context, so that what a step attends to does not depend on what was lost of the history.
@@ -54,9 +54,9 @@ def inject(kind: Callable[[int, random.Random], None], count: int, seed: int = 0
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[kind.__name__ for kind in KINDS])
-    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--count", type=int, help="of each kind; without it 50, of interrupts and signals 200")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for kind in KINDS:
         if options.only in (None, kind.__name__):
-            inject(kind, options.count, options.seed)
+            inject(kind, options.count or (200 if kind in (interrupts, signals) else 50), options.seed)

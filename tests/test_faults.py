@@ -9,7 +9,7 @@ from conftest import ROOT
 from kvcast import GenerationError, Llama, SparseConfig
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import faults  # noqa: E402
+import faults
 
 COUNTS = {"interrupts": 8, "signals": 8, "python_callbacks": 4, "compiled_callbacks": 4}
 
