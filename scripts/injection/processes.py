@@ -50,9 +50,8 @@ def forks(i: int, rng: random.Random) -> None:
 
 EXITING = """
 import sys, threading, time
-sys.path.insert(0, sys.argv[1])
 from injection.subject import TEXT, load
-llm = load(sys.argv[3])
+llm = load(sys.argv[2])
 def generate():
     begun.set()
     for _ in zip(range(200), llm.generate(llm.tokenize(TEXT.encode()), temp=0.0)):
@@ -61,11 +60,11 @@ begun = threading.Event()
 threading.excepthook = lambda args: None if "closed" in str(args.exc_value) else print(args, file=sys.stderr)
 threading.Thread(target=generate, daemon=True).start()
 begun.wait()
-time.sleep(float(sys.argv[2]))
+time.sleep(float(sys.argv[1]))
 """
 
 
 def exits(i: int, rng: random.Random) -> None:
-    command = [sys.executable, "-c", EXITING, str(SCRIPTS), str(rng.random()), PATHS[i % 2]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    command = [sys.executable, "-c", EXITING, str(rng.random()), PATHS[i % 2]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=SCRIPTS)
     assert done.returncode == 0 and not done.stderr, (done.returncode, done.stderr)
