@@ -51,13 +51,14 @@ def forks(i: int, rng: random.Random) -> None:
 EXITING = """
 import sys, threading, time
 from injection.subject import TEXT, load
+from kvcast import GenerationError
 llm = load(sys.argv[2])
 def generate():
     begun.set()
     for _ in zip(range(200), llm.generate(llm.tokenize(TEXT.encode()), temp=0.0)):
         pass
 begun = threading.Event()
-threading.excepthook = lambda args: None if "closed" in str(args.exc_value) else print(args, file=sys.stderr)
+threading.excepthook = lambda args: None if args.exc_type is GenerationError else print(args, file=sys.stderr)
 threading.Thread(target=generate, daemon=True).start()
 begun.wait()
 time.sleep(float(sys.argv[1]))
