@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan test-convert soak kills fuzz sanitize lint docs bench patches reference clean
+.PHONY: demo test test-vulkan test-convert soak kills faults fuzz sanitize lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -40,6 +40,10 @@ build/convert/.installed: pyproject.toml
 # long runs: half an hour
 soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py
+
+# faults on purpose: minutes
+faults: $(VENV)/.installed
+	$(BIN)/python scripts/faults.py
 
 # 500 processes killed while they save a session: a minute
 kills: $(VENV)/.installed

@@ -24,9 +24,11 @@ from pathlib import Path
 SDIST = "llama_cpp_python-0.3.36.tar.gz"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 REQUIREMENT = "llama_cpp_python==0.3.36"
-PREFIX = "llama_cpp_python-0.3.36/vendor/llama.cpp/"
+TOP = "llama_cpp_python-0.3.36/"
+PREFIX = f"{TOP}vendor/llama.cpp/"
 KEEP = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "ggml", "common", "vendor")
 CONVERTER = ("LICENSE", "convert_hf_to_gguf.py", "conversion", "gguf-py")
+NEIGHBOURS = ("tests", "vendor/llama.cpp/models/ggml-vocab-llama-spm.gguf")
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "vendor" / "llama.cpp"
@@ -84,16 +86,16 @@ def fetch() -> Path:
     return path
 
 
-def extract(target: Path, keep: tuple[str, ...] = KEEP) -> None:
-    """Unpack parts of llama.cpp: those that libllama needs."""
+def extract(target: Path, keep: tuple[str, ...] = KEEP, prefix: str = PREFIX) -> None:
+    """Unpack files and folders of the sdist: those of llama.cpp that libllama needs."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     with tarfile.open(fetch()) as archive:
         for member in archive:
-            if not member.isfile() or not member.name.startswith(PREFIX):
+            if not member.isfile() or not member.name.startswith(prefix):
                 continue
-            name = member.name[len(PREFIX) :]
-            if name.split("/")[0] not in keep or ".." in name:
+            name = member.name[len(prefix) :]
+            if not any(name == k or name.startswith(f"{k}/") for k in keep) or ".." in name:
                 continue
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,11 @@ def converter() -> Path:
         extract(target, CONVERTER)
         mark.write_text(SHA256)
     return target / "convert_hf_to_gguf.py"
+
+
+def neighbours(target: Path) -> None:
+    """llama-cpp-python's own tests, with the vocabulary that they open."""
+    extract(target, NEIGHBOURS, TOP)
 
 
 def touched(patch: Path) -> list[str]:

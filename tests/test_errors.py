@@ -104,6 +104,16 @@ def test_contradictions(smollm2, contradiction):
         Llama(smollm2, sparse=SparseConfig(), **contradiction)
 
 
+def test_a_context_holds_one_sequence(smollm2):
+    """Every way to several of them: no argument, no embeddings."""
+    with pytest.raises(TypeError, match="no argument 'n_seq_max'"):
+        Llama(smollm2, n_seq_max=2, sparse=SparseConfig())
+    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), verbose=False)
+    with pytest.raises(RuntimeError, match="embedding=True"):
+        llm.embed(["one", "two"])
+    llm.close()
+
+
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_a_failing_callback_stops_generation_and_keeps_the_session(smollm2, path):
     llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256, path=path), n_threads=2, verbose=False)

@@ -109,6 +109,12 @@ class DeviceSession(Session):
         self._seen = False
         self._planned = False
 
+    def verify(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
+        first = self.n_tokens
+        super().verify(tokens, decode)
+        self.pool.forget_from(first // native.BLOCK_TOKENS)  # the new rows are in the store only
+        self._seen = False
+
     def truncate(self, n_tokens: int) -> None:
         self._settle()
         self.take_in()
@@ -121,6 +127,7 @@ class DeviceSession(Session):
         begin = time.perf_counter()
         if self._pending is not None:  # an interrupt came between two steps
             self.truncate(self.n_tokens)
+        self._confirm(self.n_tokens)
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         config, position = self.config, self.n_tokens
         self._since_calibration += 1
@@ -364,10 +371,8 @@ class DeviceSession(Session):
 
     def _beside(self, n_used: int, rows: slice) -> None:
         """Calibrate, select and stage the set of some rows for the next step while this one is computed."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-prefetch")
         self._staged = rows if rows.start < rows.stop else None
-        self._pending = self._worker.submit(self._prefetch, n_used, rows)
+        self._pending = self._open_worker("kvcast-prefetch").submit(self._prefetch, n_used, rows)
 
     def _prefetch(self, n_used: int, rows: slice) -> None:
         self.take_in()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import logging
 import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from .config import SparseConfig
 from .device import DeviceSession
 from .errors import CallbackError, ContextFull, GenerationError, ModelError, SessionError
 from .header import Header, read_header
+from .lifetime import Closed, Lifetime, inside
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
+from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
-from llama_cpp import _logger  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 GIB = 1 << 30
@@ -34,7 +36,7 @@ SMALLER = "close something, or use a smaller n_ctx (--context)"
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
 
 
-class Llama(llama_cpp.Llama):
+class Llama(Lifetime, llama_cpp.Llama):
     """A llama-cpp-python ``Llama`` whose decode steps attend to a predicted set of KV blocks.
 
     Parameters
@@ -62,9 +64,11 @@ class Llama(llama_cpp.Llama):
     """
 
     def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
+        Lifetime.__init__(self)
         self._session: Session | None = None
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
-        self._log_level: int | None = None  # of llama.cpp's messages, while an interrupt silences them
+        self._hushed = False  # llama.cpp's messages are silenced
+        self._evaluator: int | None = None  # the thread that is in eval
         unknown = [name for name in kwargs if name not in _ARGUMENTS or name == "kwargs"]
         if unknown:
             close = _closest(unknown[0])
@@ -84,7 +88,7 @@ class Llama(llama_cpp.Llama):
         n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
-            super().__init__(os.fspath(model_path), **kwargs)
+            super(Lifetime, self).__init__(os.fspath(model_path), **kwargs)
         except (TemplateError, UnicodeDecodeError) as error:
             raise ModelError(
                 f"the chat template or another text in {os.fspath(model_path)!r} cannot be read ({error}); fetch the file again"
@@ -106,6 +110,7 @@ class Llama(llama_cpp.Llama):
             try:
                 kind = DeviceSession if sparse.device else Session
                 self._session = kind(self.ctx, sparse, self.n_batch, sizes.tap_bytes(header, self.n_ctx()), header.embedded)
+                self._bind_to_process()
                 if self._session.attached.info.pinned_bytes < 0:
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
             except MemoryError as error:
@@ -114,40 +119,103 @@ class Llama(llama_cpp.Llama):
             except BaseException:
                 self.close()
                 raise
+        self._n_verify = min(VERIFY_TOKENS, self.n_batch, self._session.attached.info.max_taps if self._session else VERIFY_TOKENS)
+        if self.draft_model is not None:
+            self.draft_model = ShortDraft(self.draft_model, self._n_verify - 1)
+            # unless they were asked for, logits stay with llama.cpp: `scores` has rows for n_batch tokens only
+            self._logits_all = bool(kwargs.get("logits_all"))
 
     # ---- evaluation
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens; single ones sparse once the history knows something of the context."""
-        session = self._session
-        if session is None:
-            return super().eval(tokens)
-        if len(tokens) == 0:
-            return
+        """Evaluate tokens; single ones sparse once the history knows something of the context, a token with its draft dense.
+
+        Raises
+        ------
+        GenerationError
+            It failed, was interrupted, the model was closed or another thread uses it; ``n_tokens`` says what the store holds.
+        """
+        self._bind_to_process()
+        me = threading.get_ident()
+        if self._evaluator not in (None, me):
+            raise GenerationError("another thread evaluates with this model, which holds one sequence; take turns, or load it twice")
+        self._evaluator = me
+        in_generation = self._n_inside > 0  # then an interrupt since its last step counts
+        try:
+            if self._session is None:
+                for i in range(0, max(1, len(tokens)), self.n_batch):
+                    with self._using():
+                        self._evaluate(tokens[i : i + self.n_batch])
+            elif len(tokens) > 0:
+                with self._using():
+                    if not in_generation:
+                        self._clear_abort()
+                    self._advance(self._session, list(tokens))
+        finally:
+            self._evaluator = None
+
+    def _advance(self, session: Session, tokens: list[int]) -> None:
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextFull(
                 f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )
-        self._clear_abort()
-        tokens = list(tokens)
-        if session.n_tokens != self.n_tokens or not session.history.primed:
-            session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
-            if self.n_tokens and not session.history.primed:
-                tokens = self._take_back(N_RETAKEN) + tokens
-        if self._window_is_gone():
-            tokens = self._take_back(self.n_tokens) + tokens
-        if len(tokens) > 1 or not session.history.primed:
-            session.prompt(tokens, self._decode)
-        else:
-            if session.config.predictor in LOOK_AHEAD:
-                self._look_ahead(tokens[0])
-            try:
+        n_before, whole = self.n_tokens, False  # whether what is run is taken whole or not at all
+        try:
+            if session.n_tokens != self.n_tokens or not session.history.primed:
+                session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
+                if self.n_tokens and not session.history.primed:
+                    tokens = self._take_back(N_RETAKEN) + tokens
+            if self._window_is_gone():
+                tokens = self._take_back(self.n_tokens) + tokens
+            whole = session.history.primed and len(tokens) <= (1 if self.draft_model is None else self._n_verify)
+            if not whole:
+                session.prompt(tokens, self._decode)
+            elif len(tokens) > 1:
+                session.verify(tokens, self._decode)
+            else:
+                if session.config.predictor in LOOK_AHEAD:
+                    self._look_ahead(tokens[0])
                 session.step(tokens[0], self._decode)
-            except RuntimeError as error:  # before or after the decode itself
-                self._after_failure()
-                raise GenerationError(f"{error}; the store holds the {self.n_tokens} tokens before it") from error
+        except GenerationError:  # undone by _decode; or a KV callback's, and the tokens stay
+            raise
+        except BaseException as error:  # before or after the decode itself
+            if whole:
+                self.n_tokens = min(self.n_tokens, n_before)
+            self._after_failure()
+            if not isinstance(error, Exception):
+                raise
+            said = str(error) if isinstance(error, RuntimeError) else f"evaluating failed: {type(error).__name__}: {error}"
+            raise GenerationError(f"{said}; the store holds the {self.n_tokens} tokens before it") from error
 
+    def _evaluate(self, tokens: Sequence[int]) -> None:
+        """llama-cpp-python's eval of a batch; of a token and its draft every token's logits are kept, by llama.cpp."""
+        if self.draft_model is None and len(tokens) == 1 and self._n_cached == self.n_tokens and not self._logits_all:
+            return self._eval_next(tokens[0])
+        if self.draft_model is None or self._logits_all or len(tokens) > self._n_verify:
+            return super().eval(tokens)
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
+        self._ctx.decode(self._batch)
+        self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
+        self.n_tokens += len(tokens)
+        self._requires_eval = False
+
+    @functools.wraps(llama_cpp.Llama.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        if self._session is not None:
+            self._clear_abort()
+        return self._in_turns(super().generate(*args, **kwargs))
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        return self._in_turns(super()._create_completion(*args, **kwargs))
+
+    sample = inside(llama_cpp.Llama.sample)
+    tokenize = inside(llama_cpp.Llama.tokenize)
+    detokenize = inside(llama_cpp.Llama.detokenize)
+    embed = inside(llama_cpp.Llama.embed)
+
+    @inside
     def dense_eval(self, token: int) -> None:
         """Evaluate one token dense, with a session that is otherwise sparse. For evaluation; ``eval`` goes on sparse."""
         self._clear_abort()
@@ -181,10 +249,7 @@ class Llama(llama_cpp.Llama):
         assert session is not None
         n_before = self.n_tokens
         try:
-            if len(tokens) == 1 and self._n_cached == n_before and not self._logits_all:
-                self._eval_next(tokens[0])
-            else:
-                super().eval(tokens)
+            self._evaluate(tokens)
             session.finish_decode()
             self._n_cached = self.n_tokens
         except RuntimeError as error:
@@ -192,6 +257,8 @@ class Llama(llama_cpp.Llama):
             reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
             self._after_failure()
             cause, self._callback_error = self._callback_error, None
+            if cause is not None and not isinstance(cause, Exception):  # Ctrl-C, say
+                raise cause from None
             if cause is not None:
                 raise CallbackError(f"an attention callback raised {type(cause).__name__}: {cause}; the step was not taken") from cause
             raise GenerationError(f"{reason}; the store holds the {self.n_tokens} tokens before it") from error
@@ -211,11 +278,13 @@ class Llama(llama_cpp.Llama):
     def _after_failure(self) -> None:
         assert self._session is not None
         self._n_cached = -1
+        self._requires_eval = True  # the logits are those of what failed
         self._clear_abort()
         self._session.truncate(self.n_tokens)
 
     # ---- state
 
+    @inside
     def save_state(self) -> llama_cpp.LlamaState:
         """As in llama-cpp-python: a copy of the whole state in memory.
 
@@ -229,6 +298,7 @@ class Llama(llama_cpp.Llama):
         except MemoryError as error:
             raise SessionError("there is no memory for a copy of the state; save_session writes it to a file without one") from error
 
+    @inside
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """As in llama-cpp-python; the history is made again at the next evaluation, from the last 64 tokens.
 
@@ -259,6 +329,7 @@ class Llama(llama_cpp.Llama):
         if self._session is not None:
             self._session.forget()
 
+    @inside
     def save_session(self, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
         """Keep the whole session in a file: tokens, store, and what is remembered of attention.
 
@@ -283,6 +354,7 @@ class Llama(llama_cpp.Llama):
         """
         session_file.save(self, Path(path), about or {})
 
+    @inside
     def load_session(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Go on with a session that ``save_session`` kept; what this one held is gone.
 
@@ -303,15 +375,27 @@ class Llama(llama_cpp.Llama):
         return session_file.load(self, Path(path))
 
     def close(self) -> None:
-        """Free everything. Safe to call twice."""
-        session, self._session = getattr(self, "_session", None), None
-        if session is not None:
-            session.close()
-        if hasattr(self, "_stack"):
-            super().close()
+        """Free everything. Safe to call twice, and at any moment from any thread or callback: what runs is stopped, and freed when it ends;
+        later use raises ``GenerationError``."""
+        super().close()
 
-    def __del__(self) -> None:
-        self.close()
+    def _free(self) -> None:
+        self._clear_abort()
+        if self._session is not None:
+            self._session.close()
+        self._forget_native()
+        if hasattr(self, "_stack"):
+            super(Lifetime, self).close()
+
+    def _leave_to_parent(self) -> None:
+        for part in (self._batch, self._ctx, self._model, self):
+            getattr(part, "_stack" if part is self else "_exit_stack").pop_all()
+        self._forget_native()
+
+    def _forget_native(self) -> None:
+        self._session = None
+        if hasattr(self, "_ctx"):
+            self._ctx = self._model = self._batch = self.tokenizer_ = Closed()
 
     # ---- kvcast's own
 
@@ -327,26 +411,35 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         ValueError
-            The model was loaded with ``sparse=None``.
+            The model was loaded with ``sparse=None``, or closed.
         """
         if self._session is None:
-            raise ValueError("this model runs dense; load it with sparse=SparseConfig()")
+            raise ValueError("this model was closed" if self._freed else "this model runs dense; load it with sparse=SparseConfig()")
         return self._session
 
     def interrupt(self) -> None:
-        """Stop the running step, from a signal handler or another thread; generation ends with ``GenerationError``."""
-        if self._session is not None:
-            if self._log_level is None:  # llama.cpp calls a stopped step an error, in three lines
-                self._log_level = _logger.logger.level
-                _logger.logger.setLevel(logging.CRITICAL)
+        """Stop the running step, or the next one of a generation that has begun, from a signal handler or another thread; generation
+        ends with ``GenerationError``. Nothing is stopped with ``sparse=None``."""
+        with self._lock:
+            if self._session is None or self._freed:
+                return
+            self._hush()
             self._session.attached.abort()
 
+    def _hush(self) -> None:
+        """Until the next step: llama.cpp calls a stopped one an error, in three lines."""
+        with self._lock:
+            if not self._hushed:
+                self._hushed = True
+                native.hush()
+
     def _clear_abort(self) -> None:
-        assert self._session is not None
-        if self._log_level is not None:
-            _logger.logger.setLevel(self._log_level)
-            self._log_level = None
-        self._session.attached.clear_abort()
+        with self._lock:
+            if self._hushed:
+                self._hushed = False
+                native.speak()
+            if self._session is not None and not self._closing:
+                self._session.attached.clear_abort()
 
     def attention_row(self, layer: int) -> np.ndarray:
         """The exact attention of the newest token over every token before it, whatever the step attended to.
@@ -462,6 +555,7 @@ class Llama(llama_cpp.Llama):
                 return 0
             except BaseException as error:  # noqa: BLE001 - must not pass through native code; raised again by _decode
                 self._callback_error = error
+                self._hush()
                 return 1
 
         attached.set_attention_callback(call)
@@ -472,7 +566,6 @@ def _refuse_contradictions(kwargs: dict[str, Any]) -> None:
         "offload_kqv": (lambda v: bool(v), "the KV cache lies in host memory"),
         "flash_attn": (lambda v: not v, "V must be stored row by row"),
         "embedding": (lambda v: bool(v), "embeddings have no decode steps"),
-        "draft_model": (lambda v: v is not None, "speculative decoding is not supported with it yet"),
         "chat_handler": (lambda v: v is not None, "multimodal handlers bring another libllama"),
     }
     for name, (is_wrong, why) in wrong.items():

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -37,15 +38,38 @@ def _load_plugins() -> None:
 _load_plugins()
 
 
+_hush_lock = threading.RLock()  # a signal handler may hush while its thread holds it
+_n_hushed = 0
+_level_before = logging.NOTSET
+
+
+def hush() -> None:
+    """From now on llama.cpp's messages are not shown, until ``speak`` was called as often."""
+    global _n_hushed, _level_before
+    with _hush_lock:
+        if _n_hushed == 0:
+            _level_before = _logger.logger.level
+        _n_hushed += 1
+        _logger.logger.setLevel(logging.CRITICAL)
+
+
+def speak() -> None:
+    """Undoes one ``hush``."""
+    global _n_hushed
+    with _hush_lock:
+        _n_hushed -= 1
+        if _n_hushed == 0:
+            _logger.logger.setLevel(_level_before)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """llama.cpp's messages are not shown: where what fails is said in a sentence of ours."""
-    level = _logger.logger.level
-    _logger.logger.setLevel(logging.CRITICAL)
+    hush()
     try:
         yield
     finally:
-        _logger.logger.setLevel(level)
+        speak()
 
 
 BLOCK_TOKENS = 16

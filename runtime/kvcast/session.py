@@ -1,16 +1,18 @@
 """The decode loop of one context: predict, select, step, observe.
 
-One token a step; prompts run dense but for their last tokens, whose scores prime the history. The store is llama.cpp's
-own KV cache and is complete after every step; what is kept here (history, lists) can always be made again from it by
-running the last tokens once more.
+One token a step; prompts run dense but for their last tokens, whose scores prime the history. A token and its draft run dense
+in one batch, and those that stay enter the history. The store is llama.cpp's own KV cache and is complete after every step; what
+is kept here (history, lists) can always be made again from it by running the last tokens once more.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +28,7 @@ HISTORY_TOKENS = 64  # of a prompt, in history mode
 GUARD_TOKENS = 8  # of those, held back to try the predictor on
 GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
 HISTORY_BYTES_MAX = 1 << 30  # of their scores, on the host
+LOOK_S = 1.0  # how often one who waits looks whether the thread beside still lives
 OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
 AttentionFn = Callable[[int, int, np.ndarray], None]
@@ -153,7 +156,9 @@ class Session:
         self.on_primed: Callable[[np.ndarray], None] | None = None  # recording: scores (n_layer, n_tokens, n_head_kv, n_blocks)
         self.on_attended: Callable[[int], None] | None = None  # evaluation: called with the position after each sparse step
 
+        self._unconfirmed = (0, 0)  # first position and number of the tokens of a batch that may yet be taken back
         self._worker: ThreadPoolExecutor | None = None
+        self._worker_thread: threading.Thread | None = None
         self._pending: Future[None] | None = None  # the selection that runs beside this step
         self._next: Set | None = None  # what it makes
         self._next_n_used = 0  # blocks in use that it was made for; 0: there is none
@@ -213,6 +218,7 @@ class Session:
     def truncate(self, n_tokens: int) -> None:
         """The store now ends at ``n_tokens``: drop what was known of the rest."""
         self._settle()
+        self._confirm(n_tokens)
         self.history.truncate(n_tokens)
         self.n_tokens = n_tokens
         self._drop_set()
@@ -295,6 +301,23 @@ class Session:
             self.attached.prepare_summary()
             self._n_summarised = self.n_tokens
 
+    def verify(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
+        """Run a token and its draft dense, in one batch of at most ``max_taps``. Scores of those that are not taken back by a
+        ``truncate`` enter the history at the next call."""
+        first = self.n_tokens
+        self._run(native.HISTORY, tokens, decode)
+        self._unconfirmed = first, len(tokens)
+        self._drop_set()
+        self._since_calibration = 0
+
+    def _confirm(self, n_tokens: int) -> None:
+        """The store ends at ``n_tokens``: take in the scores of a verified batch's tokens before that."""
+        first, n = self._unconfirmed
+        self._unconfirmed = (0, 0)
+        n_stay = min(n_tokens - first, n)
+        if n_stay > 0:
+            self.history.observe_all(self.attached.history_scores, 0, n_stay, -(-(first + n_stay) // native.BLOCK_TOKENS))
+
     def _report(self, n_done: int, n_tokens: int) -> None:
         if self.on_progress is not None:
             self.on_progress(min(n_done, n_tokens), n_tokens)
@@ -302,6 +325,7 @@ class Session:
     def step(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token over the selected blocks."""
         begin = time.perf_counter()
+        self._confirm(self.n_tokens)
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         self._since_calibration += 1
         saved = None
@@ -387,6 +411,7 @@ class Session:
         return -(-self.n_tokens // native.BLOCK_TOKENS)
 
     def _run(self, mode: int, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
+        self._confirm(self.n_tokens)
         self.attached.set_mode(mode)
         self.in_sparse_step = mode == native.SPARSE
         try:
@@ -488,25 +513,40 @@ class Session:
 
     def _select_beside(self) -> None:
         """Start selecting the next step's set while this one is computed, from the scores up to the step before."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvcast-select")
+        if self._next is None:
             self._next = self._set.map(np.empty_like)
-        assert self._next is not None
         n_used = (self.n_tokens + 1) // native.BLOCK_TOKENS + 1
-        self._pending = self._worker.submit(self._select, n_used, self._next)
+        self._pending = self._open_worker("kvcast-select").submit(self._select, n_used, self._next)
         self._next_n_used = n_used
 
-    def _settle(self) -> None:
-        """Wait for what runs beside, whatever becomes of it."""
-        if self._pending is not None:
-            self._pending.exception()
-            self._pending = None
+    def _open_worker(self, name: str) -> ThreadPoolExecutor:
+        """The thread that works beside the steps, started when there is none."""
+
+        def note() -> None:
+            self._worker_thread = threading.current_thread()
+
+        self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix=name, initializer=note)
+        return self._worker
+
+    def _settle(self) -> BaseException | None:
+        """Wait for what runs beside, whatever becomes of it; returns why it failed."""
+        if self._pending is None:
+            return None
+        while True:
+            try:
+                error = self._pending.exception(LOOK_S)  # an interrupt here leaves it to the next call
+                break
+            except StillRunning:
+                if self._worker_thread is not None and not self._worker_thread.is_alive() and not self._pending.done():
+                    error, self._worker, self._worker_thread = RuntimeError("its thread has ended"), None, None
+                    break
+        self._pending = None
+        return error
 
     def _wait(self) -> None:
         if self._pending is not None:
             begin = time.perf_counter()
-            error = self._pending.exception()  # an interrupt here leaves it to `_settle`
-            self._pending = None
+            error = self._settle()
             if error is not None:
                 self._drop_set()
                 raise RuntimeError(f"what runs beside the step failed: {type(error).__name__}: {error}") from error

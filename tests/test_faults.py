@@ -1,0 +1,78 @@
+"""A few faults of each kind; `make faults` injects many."""
+
+import sys
+import threading
+
+import pytest
+
+from conftest import ROOT
+from kvcast import GenerationError, Llama, SparseConfig
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import faults
+
+COUNTS = {"interrupts": 8, "signals": 8, "python_callbacks": 4, "compiled_callbacks": 4}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C on its way into a callback
+@pytest.mark.parametrize("kind", faults.KINDS, ids=lambda kind: kind.__name__)
+def test_faults(kind):
+    faults.inject(kind, COUNTS.get(kind.__name__, 2), seed=1)
+
+
+@pytest.mark.parametrize("sparse", [None, SparseConfig(budget=256)], ids=["dense", "sparse"])
+def test_two_threads_with_one_model(smollm2, code, sparse):
+    """The second is refused while the first evaluates, and the first is not disturbed."""
+    llm = Llama(smollm2, n_ctx=1024, sparse=sparse, n_threads=2, n_threads_batch=2, verbose=False)
+    tokens = llm.tokenize(code.encode())[:700]
+    first = threading.Thread(target=llm.eval, args=(tokens,))
+    first.start()
+    while llm._evaluator is None and first.is_alive():
+        pass
+    with pytest.raises(GenerationError, match="another thread evaluates"):
+        llm.eval(tokens[:1])
+    first.join()
+    assert llm.n_tokens == 700
+    llm.eval(tokens[:1])
+    llm.close()
+
+
+def test_two_models_interrupted_leave_llama_cpp_as_loud_as_before(smollm2):
+    from llama_cpp import _logger
+
+    models = [Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False) for _ in range(2)]
+    before = _logger.logger.level
+    for llm in models:
+        llm.interrupt()
+    for llm in models:
+        llm.eval([1])
+    assert _logger.logger.level == before
+    for llm in models:
+        llm.close()
+
+
+def test_an_interrupt_between_two_steps_stops_the_next(smollm2):
+    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+    llm.interrupt()  # nothing runs: nothing is stopped
+    generating = llm.generate([1, 2, 3])
+    next(generating)
+    llm.interrupt()
+    with pytest.raises(GenerationError, match="stopped"):
+        next(generating)
+    llm.eval([4])
+    llm.close()
+
+
+def test_closed_is_closed(smollm2):
+    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+    generating = llm.generate([1, 2, 3])
+    next(generating)
+    llm.on_attention(lambda *_: llm.close())  # in the middle of a step, from one of its threads
+    with pytest.raises(GenerationError):
+        next(generating)
+    for use in (lambda: next(generating), lambda: llm.eval([1]), lambda: llm.save_state(), lambda: llm.detokenize([1]), llm.n_vocab):
+        with pytest.raises((GenerationError, StopIteration)):
+            use()
+    with pytest.raises(ValueError, match="closed"):
+        llm.session  # noqa: B018
+    llm.close()
