@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from kvcast import Llama, ModelError
+from kvcast import Llama, ModelError, session_file
 from kvcast.cache import DocumentCache
 from kvcast.inspection import inspect
 from predictor_onnx.infer import resolve
@@ -104,13 +104,15 @@ def test_names_that_are_no_text(tmp_path):
     assert inspect(tiny(tmp_path / "x.gguf", b"output_norm", b"\xff\xfetput_norm"))["sparse"] is False
 
 
-@pytest.mark.parametrize("wrong", [{"opened": "now"}, {"title": None}, {"n_bytes": []}], ids=str)
-def test_a_description_of_a_document_with_other_types(wrong, tmp_path):
-    entry = {"key": "x", "title": "x", "model": "x", "n_tokens": 1, "n_bytes": 1, "crc32": 1, "opened": 1.0}
-    for name, values in (("good", entry), ("odd", {**entry, **wrong})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(values))
-    assert [e.key for e in DocumentCache(tmp_path).entries()] == ["x"]
-    assert not (tmp_path / "odd.json").exists()
+@pytest.mark.parametrize("wrong", [{"title": None}, {"n_tokens": []}, {"model": 3}], ids=str)
+def test_a_description_of_a_document_with_other_types(wrong, tmp_path, monkeypatch):
+    meta = {"title": "x", "model": "x", "n_tokens": 1}
+    described = {"good": meta, "odd": {**meta, **wrong}}
+    for name in described:
+        (tmp_path / f"{name}.kv").touch()
+    monkeypatch.setattr(session_file, "read_meta", lambda path: {**described[path.stem], "about": described[path.stem]})
+    assert [e.key for e in DocumentCache(tmp_path).entries()] == ["good"]
+    assert not (tmp_path / "odd.kv").exists()
 
 
 def test_a_damaged_card(tmp_path):

@@ -39,8 +39,7 @@ class Entry:
     opened: float
 
     def __post_init__(self) -> None:
-        texts, numbers = (self.key, self.title, self.model), (self.n_tokens, self.n_bytes, self.crc32, self.opened)
-        if not all(isinstance(x, str) for x in texts) or not all(isinstance(x, int | float) for x in numbers):
+        if not (isinstance(self.title, str) and isinstance(self.model, str) and isinstance(self.n_tokens, int)):
             raise TypeError("a field is of another type")
 
 

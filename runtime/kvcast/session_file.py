@@ -14,6 +14,7 @@ import io
 import json
 import os
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -90,7 +91,10 @@ def load(llm: Llama, path: Path) -> dict[str, Any]:
         saved = read(path)
     except MemoryError as error:
         raise SessionError(f"memory ran out while {str(path)!r} was read; close something, the session in hand goes on") from error
-    _check(llm, saved, path)
+    try:
+        _check(llm, saved, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, "its description lacks something") from error
     with native.quiet():
         pointer = saved.state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         good = llama_cpp.llama_state_set_data(llm.ctx, pointer, len(saved.state)) == len(saved.state)
@@ -101,7 +105,10 @@ def load(llm: Llama, path: Path) -> dict[str, Any]:
     if not good:
         raise SessionError(f"llama.cpp could not take in the state in {str(path)!r}; the context is empty now, start over")
     if llm.sparse is not None:
-        llm.session.restore(saved.meta["numbers"], saved.arrays, llm.n_tokens)
+        try:
+            llm.session.restore(saved.meta["numbers"], saved.arrays, llm.n_tokens)
+        except (KeyError, TypeError, ValueError):  # the history is made again, from the last tokens
+            llm.session.forget()
     llm._seed = saved.meta["seed"]
     return saved.meta["about"]
 
@@ -139,11 +146,14 @@ def read_meta(path: Path) -> dict[str, Any]:
                 )
             n_bytes = min(size - len(end), *LENGTH.unpack(end[: LENGTH.size]))
             file.seek(size - len(end) - n_bytes)
-            return json.loads(file.read(n_bytes))
+            meta = json.loads(file.read(n_bytes))
+            if not isinstance(meta, dict):
+                raise ValueError("no description")
+            return meta
     except OSError as error:
         raise SessionError(f"the session {str(path)!r} cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise SessionError(f"{str(path)!r} is damaged: its description cannot be read; {REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "its description cannot be read") from error
 
 
 def read(path: Path) -> Saved:
@@ -158,14 +168,17 @@ def read(path: Path) -> Saved:
     with path.open("rb") as file:
         n_checked = file.seek(0, os.SEEK_END) - TAIL.size
         if _checksum(file, n_checked) != TAIL.unpack(file.read())[0]:
-            raise SessionError(f"{str(path)!r} is damaged: its checksum does not match; {REMEDY}")
+            raise _damaged(path, "its checksum does not match")
         file.seek(0)
-        _, _, n_tokens = STATE_HEADER.unpack(file.read(STATE_HEADER.size))
-        tokens = np.frombuffer(file.read(4 * n_tokens), np.int32)
-        begin = file.tell()
-        file.seek(meta["n_state"], os.SEEK_CUR)
-        with np.load(io.BytesIO(file.read(meta["n_arrays"]))) as arrays:
-            return Saved(meta, tokens, np.memmap(path, np.uint8, "r", begin, (meta["n_state"],)), dict(arrays))
+        try:
+            _, _, n_tokens = STATE_HEADER.unpack(file.read(STATE_HEADER.size))
+            tokens = np.frombuffer(file.read(4 * n_tokens), np.int32)
+            begin = file.tell()
+            file.seek(meta["n_state"], os.SEEK_CUR)
+            with np.load(io.BytesIO(file.read(meta["n_arrays"]))) as arrays:
+                return Saved(meta, tokens, np.memmap(path, np.uint8, "r", begin, (meta["n_state"],)), dict(arrays))
+        except (ValueError, TypeError, KeyError, OverflowError, EOFError, OSError, zipfile.BadZipFile, struct.error) as error:
+            raise _damaged(path, "its parts are not where its description says") from error
 
 
 def remove_partial(folder: Path, name: str = "") -> None:
@@ -179,9 +192,17 @@ def remove_partial(folder: Path, name: str = "") -> None:
 # ---- inside
 
 
+def _damaged(path: Path, how: str) -> SessionError:
+    return SessionError(f"{str(path)!r} is damaged: {how}; {REMEDY}")
+
+
 def _check(llm: Llama, saved: Saved, path: Path) -> None:
     """Whether this model can go on with it."""
     theirs, ours = saved.meta["made_with"], made_with(llm)
+    if not (isinstance(saved.meta["numbers"], dict) and isinstance(saved.meta["about"], dict) and isinstance(saved.meta["seed"], int)):
+        raise TypeError("a field is of another type")
+    if not (saved.tokens < llm.n_vocab()).all() or not (saved.tokens >= 0).all():
+        raise TypeError("a token that the model does not have")
     if theirs["model"] != ours["model"]:
         raise SessionError(f"{str(path)!r} was saved with another model, {saved.meta['model']!r}; load that one to go on with it")
     for name, value in ours.items():
