@@ -73,6 +73,7 @@ class StreamPredictor:
         reach = self._reach
         if reach is None:
             return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
+        n_blocks = min(n_blocks, history.averages.shape[2])
         with self._lock:
             shape = len(history.averages), history.averages.shape[2]
             if self._kept is None or self._kept.shape != shape:

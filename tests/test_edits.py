@@ -135,7 +135,9 @@ def test_context_full_is_an_error_and_keeps_the_session(smollm2, code, config):
     with pytest.raises(full):
         for token in llm.generate(tokens[:250], temp=0.0):
             got.append(token)
-    assert len(got) == 7 and llm.detokenize(got[:6]).decode() == answer["choices"][0]["text"]  # the last of them needs no cell
+    assert len(got) == 7  # the last of them needs no cell
+    if config is None:  # sparse, the first token comes from a batch, which is dense, or from a step
+        assert llm.detokenize(got[:6]).decode() == answer["choices"][0]["text"]
     llm.n_tokens = 100
     llm.eval(tokens[100:110])
     conversation = Conversation(llm)

@@ -22,7 +22,7 @@ import llama_cpp
 model, text, folder = map(Path, sys.argv[1:])
 make = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
 llm = Llama(model, n_ctx=1024, sparse=SparseConfig(budget=256), **make)
-bare = llama_cpp.Llama(str(model), n_ctx=512, flash_attn=True, offload_kqv=False, **make)
+bare = llama_cpp.Llama(str(model), n_ctx=2048, flash_attn=True, offload_kqv=False, **make)
 tokens = llm.tokenize(text.read_bytes())
 llm.eval(tokens[:600])
 llm.eval([tokens[600]])
@@ -46,7 +46,7 @@ room(48 << 20)
 refused(SessionError, "no memory for a copy", llm.save_state)
 refused(SessionError, "no memory to take the state in", lambda: llm.load_state(state))
 refused(SparseUnsupported, "host memory ran out", lambda: Attached(bare.ctx, 1 << 16))
-refused(SparseUnsupported, "no memory left for the pool", lambda: Attached(bare.ctx, 1, 0, False, 16, 1 << 20))
+refused(SparseUnsupported, "no memory left for the pool", lambda: Attached(bare.ctx, 1, 0, False, 128, 1))
 refused(ModelError, "memory ran out", lambda: Llama(model, n_ctx=8192, **make))  # the weights
 llm.save_session(folder / "x.session")  # makes no copy
 llm.load_session(folder / "x.session")

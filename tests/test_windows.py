@@ -110,7 +110,7 @@ def test_state_and_documents(load, tokens, path, tmp_path):
     llm.session.on_progress = lambda done, total: ran.append(total)
     assert cache.load(llm, tokens[:900])
     llm.eval([tokens[900]])
-    assert ran[-1] == 65
+    assert not ran  # nothing is run once more
     assert np.abs(logits_of(llm) - expected).max() < 0.01 * np.abs(expected).max()
     whole = Llama(llm.model_path, n_ctx=1536, flash_attn=True, offload_kqv=False, n_threads=2, verbose=False)
     assert not cache.load(whole, tokens[:900])  # a window's cache is not a whole one

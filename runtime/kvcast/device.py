@@ -270,7 +270,7 @@ class DeviceSession(Session):
             calibrates = self.config.calibrate.startswith("host")
             rows = self._group(self._age % self.config.steps_held)
             if self.config.prefetch and (rows.start < rows.stop or calibrates):
-                self._beside((self.n_tokens + 1) // native.BLOCK_TOKENS + 1, rows)
+                self._beside(self._n_used_next, rows)
             elif calibrates:
                 self._calibrate()
 

@@ -260,6 +260,8 @@ class Session:
         """Go on from what was saved, with the same store. Where it lacks what this session needs, nothing is known then."""
         self.forget()
         self._clear_set()
+        if not all(isinstance(x, int) for x in numbers.values()):
+            return
         summary = arrays.get("summary")
         if summary is None or self.attached.n_summary_state not in (0, len(summary)):
             return
@@ -410,6 +412,11 @@ class Session:
     def _n_blocks(self) -> int:
         return -(-self.n_tokens // native.BLOCK_TOKENS)
 
+    @property
+    def _n_used_next(self) -> int:
+        """Blocks in use in the step after the one that runs; when the context is full there is none."""
+        return min((self.n_tokens + 1) // native.BLOCK_TOKENS + 1, self.attached.info.n_blocks)
+
     def _run(self, mode: int, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
         self._confirm(self.n_tokens)
         self.attached.set_mode(mode)
@@ -515,7 +522,7 @@ class Session:
         """Start selecting the next step's set while this one is computed, from the scores up to the step before."""
         if self._next is None:
             self._next = self._set.map(np.empty_like)
-        n_used = (self.n_tokens + 1) // native.BLOCK_TOKENS + 1
+        n_used = self._n_used_next
         self._pending = self._open_worker("kvcast-select").submit(self._select, n_used, self._next)
         self._next_n_used = n_used
 
