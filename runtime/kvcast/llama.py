@@ -202,13 +202,13 @@ class Llama(Lifetime, llama_cpp.Llama):
         self._requires_eval = False
 
     @functools.wraps(llama_cpp.Llama.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:  # type: ignore[override]
         if self._session is not None:
             self._clear_abort()
         return self._in_turns(super().generate(*args, **kwargs))
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
-        return self._in_turns(super()._create_completion(*args, **kwargs))
+        return self._in_turns(super()._create_completion(*args, **kwargs))  # type: ignore[arg-type]  # a generator
 
     sample = inside(llama_cpp.Llama.sample)
     tokenize = inside(llama_cpp.Llama.tokenize)
@@ -395,7 +395,8 @@ class Llama(Lifetime, llama_cpp.Llama):
     def _forget_native(self) -> None:
         self._session = None
         if hasattr(self, "_ctx"):
-            self._ctx = self._model = self._batch = self.tokenizer_ = Closed()
+            closed: Any = Closed()
+            self._ctx = self._model = self._batch = self.tokenizer_ = closed
 
     # ---- kvcast's own
 
