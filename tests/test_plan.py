@@ -39,7 +39,7 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
         "summary": info.summary_bytes,
         "scratch": info.scratch_bytes - info.summary_bytes,
         "pool": (pool.pool_bytes, pool.staging_bytes, pool.tap_bytes),
-        "history": llm.session.history.averages.nbytes,
+        "history": llm.session.history.averages.nbytes + llm.session.history._seen.nbytes,
     }
     llm.close()
     assert header.weights_bytes == pytest.approx(real["weights"], rel=0.03)
