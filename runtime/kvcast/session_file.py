@@ -15,6 +15,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ TAIL = struct.Struct("<32sI8s")
 STATE_HEADER = struct.Struct("<III")  # llama.cpp's magic and version, number of tokens
 CHUNK = 1 << 24
 REMEDY = "use a copy of it, or start over"
+# what NumPy and zipfile raise on arrays that are none
+UNREADABLE = (
+    *(ValueError, TypeError, KeyError, OverflowError, EOFError, OSError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 OF_THE_CACHE = ("rope_", "yarn_", "type_k", "type_v", "flash_attn")  # context parameters that a state depends on
 OF_WINDOWS = ("swa_full", "n_ubatch")  # the same of a model with sliding-window layers
 
@@ -177,7 +183,7 @@ def read(path: Path) -> Saved:
             file.seek(meta["n_state"], os.SEEK_CUR)
             with np.load(io.BytesIO(file.read(meta["n_arrays"]))) as arrays:
                 return Saved(meta, tokens, np.memmap(path, np.uint8, "r", begin, (meta["n_state"],)), dict(arrays))
-        except (ValueError, TypeError, KeyError, OverflowError, EOFError, OSError, zipfile.BadZipFile, struct.error) as error:
+        except UNREADABLE as error:
             raise _damaged(path, "its parts are not where its description says") from error
 
 
