@@ -1,5 +1,6 @@
 """Sessions in files: after a load they go on as if nothing had been; a file that is wrong or a save that fails changes nothing."""
 
+import hashlib
 import os
 import resource
 import signal
@@ -115,6 +116,19 @@ def test_damage_is_said_before_anything_is_touched(saved, unharmed, tmp_path):
     for wrong in (tmp_path, tmp_path / "none"):
         with pytest.raises(SessionError, match="cannot be read"):
             llm.load_session(wrong)
+
+
+def test_arrays_that_cannot_be_unpacked_are_damage(saved, unharmed, tmp_path):
+    """Also where the checksum was made to fit."""
+    llm, path, _ = saved
+    body = bytearray(path.read_bytes()[: -session_file.TAIL.size])
+    method = body.rindex(b"PK\x01\x02") + 10  # in the archive's directory
+    body[method : method + 2] = (99).to_bytes(2, "little")
+    bad = tmp_path / "bad.session"
+    digest = hashlib.blake2b(body, digest_size=32).digest()
+    bad.write_bytes(body + session_file.TAIL.pack(digest, session_file.VERSION, session_file.MAGIC))
+    with pytest.raises(SessionError, match="its parts are not where"):
+        llm.load_session(bad)
 
 
 def test_another_model_or_setting_is_named(saved, unharmed, smollm2, monkeypatch):

@@ -28,7 +28,7 @@ from .session import Session
 from .sizes import STAGING_SHARE
 
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
-N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU; llama.cpp has the other cores
+N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU
 PART_MIN = 1 << 15  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
 STILL_BUSY = 200  # microseconds; when a step's results take longer to come, the device was computing all the time
 CAP = 8  # a layer's slots: at most so many times the mean

@@ -189,13 +189,15 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise GenerationError(f"{said}; the store holds the {self.n_tokens} tokens before it") from error
 
     def _evaluate(self, tokens: Sequence[int]) -> None:
-        """llama-cpp-python's eval of a batch; of a token and its draft every token's logits are kept, by llama.cpp."""
-        if self.draft_model is None and len(tokens) == 1 and self._n_cached == self.n_tokens and not self._logits_all:
-            return self._eval_next(tokens[0])
-        if self.draft_model is None or self._logits_all or len(tokens) > self._n_verify:
+        """llama-cpp-python's eval of a batch, but for two kinds: of a token and its draft every token's logits are kept, by llama.cpp; and
+        for the token after the last nothing past the end is removed, which looks at every cell."""
+        next_one = len(tokens) == 1 and self._n_cached == self.n_tokens
+        drafted = self.draft_model is not None and len(tokens) <= self._n_verify
+        if self._logits_all or not (next_one or drafted):
             return super().eval(tokens)
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
+        if not next_one:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=drafted)
         self._ctx.decode(self._batch)
         self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
         self.n_tokens += len(tokens)
@@ -266,14 +268,6 @@ class Llama(Lifetime, llama_cpp.Llama):
             self.n_tokens = min(self.n_tokens, n_before)
             self._after_failure()
             raise
-
-    def _eval_next(self, token: int) -> None:
-        """As the inherited ``eval``, without the removal of what lies past the end, which looks at every cell: nothing does."""
-        self._batch.set_batch(batch=[token], n_past=self.n_tokens, logits_all=False)
-        self._ctx.decode(self._batch)
-        self.input_ids[self.n_tokens] = token
-        self.n_tokens += 1
-        self._requires_eval = False
 
     def _after_failure(self) -> None:
         assert self._session is not None

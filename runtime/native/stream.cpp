@@ -152,6 +152,7 @@ static void leave(kvcast_context & kv, int il) {
     for (const auto & [from, row_bytes] : {std::pair{s.k[il%2], kv.info.k_row_bytes}, {s.v[il%2], kv.info.v_row_bytes}}) {
         for (const auto & [first, end] : s.runs) {
             ggml_backend_tensor_get_async(s.queue.get(), from, to, first*row_bytes, (end - first)*row_bytes);
+            next_copy(kv);
             to += (end - first)*row_bytes;
         }
     }
