@@ -72,6 +72,7 @@ class StreamPredictor:
     def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> Floats:
         reach = self._reach
         if reach is None:
+            history.catch_up(rows)
             return self.run(np.ascontiguousarray(history.averages[rows, :, :n_blocks]))
         n_blocks = min(n_blocks, history.averages.shape[2])
         with self._lock:
@@ -80,10 +81,9 @@ class StreamPredictor:
                 self._kept, self._kept_at = np.zeros(shape, np.float32), np.full(shape[0], -1, np.int64)
             kept = self._kept
         now = history.clock
-        segments = history.changed(rows, n_blocks, self._kept_at, reach)
+        segments, averages = history.changed(rows, n_blocks, self._kept_at[rows], reach)
         if len(segments):
-            scores = self.run(history.gather(segments, n_blocks, reach)[None])
-            history.scatter(scores[0], segments, reach, kept)
+            history.scatter(self.run(averages[None])[0], segments, reach, kept[rows])
         self._kept_at[rows] = now
         return kept[rows, :n_blocks]
 
@@ -207,13 +207,15 @@ def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False
         providers.insert(0, CUDA)
     try:
         session = onnxruntime.InferenceSession(str(path) if isinstance(path, Path) else path, options, providers=providers)
+        shapes = {i.name: i.shape for i in session.get_inputs()}  # their names may be no text
+        outputs = [o.name for o in session.get_outputs()]
     except unusable() as error:
         raise PredictorError(f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'") from error
     if cuda and session.get_providers()[0] != CUDA:
         warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; kvcast[cuda] brings it", stacklevel=2)
-    given = tuple(i.name for i in session.get_inputs())
+    given = tuple(shapes)
     for kind in (StreamPredictor, PaperPredictor):
-        if given == kind.inputs and OUTPUT in [o.name for o in session.get_outputs()]:
+        if given == kind.inputs and OUTPUT in outputs:
             return kind(session, name)
     wanted = " or ".join(str(kind.inputs) for kind in (StreamPredictor, PaperPredictor))
     raise PredictorError(f"predictor {name!r} takes {given}; kvcast gives {wanted}; export it again or use predictor='ema'")

@@ -24,7 +24,7 @@ from fuzzing.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SURFACES = {"gguf": GgufHeader, "predictor": Predictor, "session": Session, "server": Server}
-N_CASES = {"gguf": 40000, "predictor": 30000, "session": 1000, "server": 30000}  # a document takes 40 ms, the others 1 or 2
+N_CASES = {"gguf": 40000, "predictor": 30000, "session": 20000, "server": 30000}
 
 
 def main() -> int:

@@ -69,6 +69,15 @@ def test_without_cuda_the_network_runs_on_the_cpu_and_says_so():
         assert not open_predictor(resolve("stream"), cuda=True).on_gpu
 
 
+def test_a_name_of_a_dimension_that_is_no_text(tmp_path):
+    content = resolve("stream").read_bytes()
+    assert content.count(b"blocks") > 1
+    path = tmp_path / "x.onnx"
+    path.write_bytes(content.replace(b"blocks", b"bl\xffcks"))
+    with pytest.raises(PredictorError, match="cannot be loaded"):
+        open_predictor(path)
+
+
 def test_every_shipped_predictor_has_a_card():
     assert "stream" in shipped()
     for name in shipped():

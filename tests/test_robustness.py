@@ -76,6 +76,17 @@ def test_a_number_of_layers_that_llama_cpp_would_not_survive(n_layer, tmp_path):
     one_sentence(command("inspect", path), f"claims {n_layer} layers")
 
 
+def test_a_number_of_layers_is_looked_at_before_there_is_a_list_of_them(tmp_path):
+    path = write_shape(tmp_path / "x.gguf", "gemma3", attention__sliding_window=32)
+    key = b"gemma3.block_count" + (4).to_bytes(4, "little")
+    at = path.read_bytes().index(key) + len(key)
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff" * 4)
+    with pytest.raises(ModelError, match="claims 4294967295 layers"):
+        inspect(path)
+
+
 def test_a_negative_epsilon(tmp_path):
     path = tiny(tmp_path / "x.gguf", struct.pack("<f", 1e-5), struct.pack("<f", -1e-5))
     with pytest.raises(ModelError, match="layer_norm_rms_epsilon"):

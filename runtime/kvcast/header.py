@@ -94,15 +94,15 @@ def header_of(gguf: GgufFile) -> Header:
             value = max(value, default=default)
         return value if isinstance(value, int) else default  # llama.cpp refuses what is none
 
+    tokens = gguf.strings("tokenizer.ggml.tokens")
+    if wrong := _damage(gguf, arch, tokens):
+        raise ModelError(f"{str(gguf.path)!r} is damaged: {wrong}; fetch it again")
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
     n_layer, n_swa = number("block_count", 0), number("attention.sliding_window", 0)
     pattern = gguf.get(f"{arch}.attention.sliding_window_pattern", SWA_PERIOD.get(arch)) if arch in SWA_PERIOD and n_swa else None
     if isinstance(pattern, int):
-        pattern = [i % pattern < pattern - 1 for i in range(n_layer)]
-    tokens = gguf.strings("tokenizer.ggml.tokens")
-    if wrong := _damage(gguf, arch, tokens):
-        raise ModelError(f"{str(gguf.path)!r} is damaged: {wrong}; fetch it again")
+        pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(n_layer)]
     bytes_of = {t.name: t.n_bytes for t in gguf.tensors()}
     return Header(
         arch=arch,
