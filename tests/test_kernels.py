@@ -22,9 +22,12 @@ def how(request, monkeypatch):
             (selection, "_weigh"),
             (history, "_observe_listed"),
             (history, "_observe_all"),
+            (history, "_observe_later"),
+            (history, "_catch_up"),
             (history, "_keep_listed"),
             (history, "_changed"),
             (history, "_gather"),
+            (history, "_gather_changed"),
             (history, "_scatter"),
         ):
             monkeypatch.setattr(module, name, getattr(module, name).py_func)
@@ -94,6 +97,31 @@ def test_observe(n_rows, n_used, how):
 
 
 @pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
+def test_what_is_observed_later_is_the_same(n_rows, n_used, how):
+    """To the bit: over lists that change now and then, for rows asked for at different times, and when more steps wait than fit."""
+    rng = np.random.default_rng(3)
+    now, later = history.History(n_rows, 1, n_used + 3), history.History(n_rows, 1, n_used + 3)
+    blocks, n_listed = np.tile(np.arange(n_used + 3, dtype=np.int32), (n_rows, 1)), np.full(n_rows, n_used // 2, np.int32)
+    for step in range(40):
+        if step % 3 == 0:
+            row = step % n_rows
+            blocks[row, :n_used] = rng.permutation(n_used)
+            n_listed[row] = rng.integers(0, n_used + 1)
+        scores, shares = rng.random((n_rows, n_used)).astype(np.float32), rng.random(n_rows).astype(np.float32)
+        now.observe_listed(blocks, n_listed, scores, shares)
+        later.observe_later(blocks, n_listed, scores, shares)
+        if step % 4 == 0:
+            rows = slice(step % 5, n_rows)
+            later.catch_up(rows)
+            np.testing.assert_array_equal(later.averages[rows], now.averages[rows])
+            assert (later._seen[rows] >= now._seen[rows]).all()
+        if step == 20:
+            for x in (now, later):
+                x.truncate(16 * (n_used // 2))
+    np.testing.assert_array_equal(later.save()[0], now.averages)
+
+
+@pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
 @pytest.mark.parametrize("reach", [1, 3])
 def test_changed(n_rows, n_used, how, reach):
     """The segments hold every block within reach of a change once, and nothing that is far from all; gathered, each has its neighbours."""
@@ -102,8 +130,8 @@ def test_changed(n_rows, n_used, how, reach):
     known.averages[:] = rng.random(known.averages.shape)
     since = rng.integers(-1, 3, n_rows)
     known._seen[:] = rng.integers(0, 4, known._seen.shape) * (rng.random(known._seen.shape) < 0.1)
-    segments = known.changed(slice(0, n_rows), n_used, since, reach)
-    covered, predicted = np.zeros((n_rows, n_used), int), known.gather(segments, n_used, reach)
+    segments, predicted = known.changed(slice(0, n_rows), n_used, since, reach)
+    covered = np.zeros((n_rows, n_used), int)
     at = 0
     for row, begin, end in segments:
         covered[row, begin:end] += 1

@@ -29,7 +29,7 @@ from .sizes import STAGING_SHARE
 
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
 N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU
-PART_MIN = 1 << 15  # rows * blocks from which a share of that is worth a thread (a millisecond): more threads wait for each other
+PART_MIN = 1 << 14  # rows * blocks from which a share of that is worth a thread: more threads wait for each other
 STILL_BUSY = 200  # microseconds; when a step's results take longer to come, the device was computing all the time
 CAP = 8  # a layer's slots: at most so many times the mean
 
@@ -45,9 +45,26 @@ def _prefer(scores, table, first, n_listed, begin, end, n_used, factor, out):
                 out[row, b] *= factor
 
 
+@numba.njit(nogil=True, cache=True)
+def _select_critical(scores, table, n_listed, n_sink, n_window, n_used, n_keep, ranks, lists, lengths, shares, wanted, n_wanted):
+    """Write what is critical between sink and window, where blocks in the pool are preferred: one call, as threads wait at each."""
+    window_begin, n_fixed = n_used - n_window, n_sink + n_window
+    _prefer(scores, table, n_fixed, n_listed, n_sink, window_begin, n_used, PREFER, ranks)
+    _select(ranks, n_sink, window_begin, n_used, n_keep, lists, lengths, shares)
+    for row in range(len(lengths)):
+        n_wanted[row] = lengths[row] - n_fixed
+        wanted[row, : n_wanted[row]] = lists[row, n_sink : n_sink + n_wanted[row]]
+
+
 def _pool_blocks(config: SparseConfig, n_cells: int) -> int:
     """Slots per KV head of a layer, in the mean."""
     return min(config.budget, n_cells) // native.BLOCK_TOKENS
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_lists(table, n_listed, out):
+    for row in range(len(n_listed)):
+        out[row, : n_listed[row]] = table[row, : n_listed[row]]
 
 
 @dataclass
@@ -61,11 +78,11 @@ class DeviceSession(Session):
 
     def _warm_up(self) -> None:
         n_blocks = self.blocks.shape[1]
-        self.pool = Pool(self.attached)
         self._wanted = np.zeros((self.n_rows, n_blocks), np.int32)  # critical blocks of the next set
         self._n_wanted = np.zeros(self.n_rows, np.int32)
         self._lists = np.zeros((self.n_rows, n_blocks), np.int32)
         self._lengths = np.zeros(self.n_rows, np.int32)
+        self._attended = np.zeros((self.n_rows, n_blocks), np.int32)  # the lists of the last step
         self._ranks = np.zeros((self.n_rows, n_blocks), np.float32)
         self._truth = np.zeros((self.attached.info.n_layer, 1, self.attached.info.n_head_kv, n_blocks), np.float32)
         self._planned = False
@@ -82,15 +99,19 @@ class DeviceSession(Session):
         on_cpu = self.attached.pool_info.device == b"CPU"
         self._helpers = None if on_cpu else ThreadPoolExecutor(N_HELPERS, thread_name_prefix="kvcast-select")
         self._n_parts = 1 if on_cpu else N_HELPERS
+        self.pool = Pool(self.attached, self._spread)
         super()._warm_up()
+        _copy_lists(self.blocks, self.n_listed, self._attended)
         self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0, self._all_rows)
         self.pool.drop(self._n_wanted, self._n_wanted, self._all_rows)
 
     def _warm_up_selection(self) -> None:
         scores = self.predictor.predict(self.history, self.blocks.shape[1])[:1]
-        none = np.zeros(1, np.int64)
-        _select(scores, 0, 1, 1, none, self._lists[:1], self._lengths[:1], np.zeros(1, np.float32))
-        _prefer(scores, self.blocks[:1], 0, self._lengths[:1] * 0, 0, 1, 1, PREFER, self._ranks[:1])
+        one, none = slice(0, 1), np.zeros(1, np.int32)
+        _select_critical(
+            scores, self.blocks[one], none, 0, 0, 1, none, self._ranks[one], self._lists[one], self._lengths[one],
+            np.zeros(1, np.float32), np.zeros((1, 1), np.int32), none,
+        )  # fmt: skip
         self.history.epoch += 1  # what a predictor has kept of this is void
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
@@ -156,12 +177,12 @@ class DeviceSession(Session):
     def finish_decode(self) -> None:
         waited = self.times.wait
         self._wait()
-        self.take_in()  # before the next scores come
+        self._take_scores()  # before the next scores come
         if not self.in_sparse_step:
             self.attached.collect()
             return
-        longest = int(self.n_listed.max())
-        self.attended, self.n_attended = self.blocks[:, :longest].copy(), self.n_listed.copy()
+        _copy_lists(self.blocks, self.n_listed, self._attended)
+        self.attended, self.n_attended = self._attended, self.n_listed.copy()
         self.step_shares = self.shares.copy()
         if not self.attached.has_callback:  # which looks at the table
             self._take_staged()  # while the device still computes, which comes first on its queue
@@ -192,11 +213,16 @@ class DeviceSession(Session):
             super()._learn()
 
     def take_in(self) -> None:
+        self._take_scores()
+        self.history.catch_up()
+
+    def _take_scores(self) -> None:
+        """The history is told of the last step; it takes that in when it is asked."""
         if self._unlearned is not None:
             blocks, n_listed, shares = self._unlearned
             self._unlearned = None
             self.attached.take_taps(n_listed)
-            self.history.observe_listed(blocks, n_listed, self.scores, shares, self._spread)
+            self.history.observe_later(blocks, n_listed, self.scores, shares)
 
     def _drop_set(self) -> None:
         super()._drop_set()
@@ -280,13 +306,14 @@ class DeviceSession(Session):
             self.pool.apply(self._buffer, self._n_staged)
             self._buffer = 1 - self._buffer
             due, self._staged = self._staged, None
-            self._take_wanted(self._all_rows[due])
+            self._take_wanted(self._all_rows[due], missing=self._n_staged == self.pool.n_staging)
 
-    def _take_wanted(self, which: np.ndarray) -> None:
-        """Bring what is still missing of the rows' wanted sets into the pool, and attend to them from now on."""
+    def _take_wanted(self, which: np.ndarray, missing: bool = True) -> None:
+        """Bring what may still be missing of the rows' wanted sets into the pool, and attend to them from now on."""
         in_use = self._n_fixed + self._n_wanted
         self.pool.drop(in_use, self.n_listed, which)
-        self.pool.move(self._wanted, self._n_wanted, in_use, self._n_fixed, which)
+        if missing:
+            self.pool.move(self._wanted, self._n_wanted, in_use, self._n_fixed, which)
         self.n_listed[which] = in_use[which]
         self.shares[which] = self._next_shares[which]
 
@@ -314,7 +341,7 @@ class DeviceSession(Session):
         """The critical blocks of the next set of some rows, for a step with ``n_used`` blocks in use."""
         if rows.start == rows.stop and rows != ALL:
             return
-        self.take_in()
+        self._take_scores()
         begin = time.perf_counter()
         first, last, _ = rows.indices(self.n_rows)
         n_parts = max(1, min(self._n_parts, (last - first) * n_used // PART_MIN))
@@ -344,11 +371,10 @@ class DeviceSession(Session):
             return 0.0, time.perf_counter() - t0
         of_rows = self.predictor.predict(self.history, n_used, rows) if scores is None else scores[rows]
         t1 = time.perf_counter()
-        ranks, lists, lengths = self._ranks[rows], self._lists[rows], self._lengths[rows]
-        _prefer(of_rows, self.blocks[rows], self._n_fixed, self.n_listed[rows], n_sink, window_begin, n_used, PREFER, ranks)
-        _select(ranks, n_sink, window_begin, n_used, n_keep.astype(np.int64), lists, lengths, self._next_shares[rows])
-        self._n_wanted[rows] = lengths - self._n_fixed
-        self._wanted[rows, :n_middle] = lists[:, n_sink:window_begin]
+        _select_critical(
+            of_rows, self.blocks[rows], self.n_listed[rows], n_sink, self._n_window, n_used, n_keep, self._ranks[rows],
+            self._lists[rows], self._lengths[rows], self._next_shares[rows], self._wanted[rows], self._n_wanted[rows],
+        )  # fmt: skip
         return t1 - t0, time.perf_counter() - t1
 
     def _calibrate(self) -> None:
@@ -363,11 +389,15 @@ class DeviceSession(Session):
 
     def _spread(self, calls: list[tuple]) -> list[Any]:
         """Results of calls, each a function and its arguments, by the helpers where there are any."""
-        if self._helpers is None or len(calls) == 1:
+        if self._helpers is None or len(calls) < 2:
             return [call(*arguments) for call, *arguments in calls]
-        pending = [self._helpers.submit(*call) for call in calls]
-        wait(pending)
-        return [p.result() for p in pending]
+        (here, *arguments), others = calls[0], calls[1:]
+        pending = [self._helpers.submit(*call) for call in others]
+        try:
+            first = here(*arguments)
+        finally:
+            wait(pending)
+        return [first, *(p.result() for p in pending)]
 
     def _beside(self, n_used: int, rows: slice) -> None:
         """Calibrate, select and stage the set of some rows for the next step while this one is computed."""
@@ -375,7 +405,7 @@ class DeviceSession(Session):
         self._pending = self._open_worker("kvcast-prefetch").submit(self._prefetch, n_used, rows)
 
     def _prefetch(self, n_used: int, rows: slice) -> None:
-        self.take_in()
+        self._take_scores()
         if self.config.calibrate.startswith("host"):
             self._calibrate()
         if rows.start < rows.stop:

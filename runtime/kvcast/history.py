@@ -7,26 +7,15 @@ write into the caller's; the naive twins are in tests/naive.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from .native import BLOCK_TOKENS
 
-PART_MIN = 1 << 15  # listed blocks from which a share of that is worth a thread
+ALL = slice(None)
+MOST_WAITING = 8  # steps of one list
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.97)  # the first is the last score itself
-
-
-Spread = Callable[[list[tuple]], Any]
-
-
-def one_after_another(calls: list[tuple]) -> None:
-    """Make the calls, each a function and its arguments."""
-    for call, *arguments in calls:
-        call(*arguments)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -38,6 +27,46 @@ def _observe_listed(averages, seen, now, decays, blocks, n_listed, scores, share
             score = scores[row, i] * shares[row]
             for d in range(decays.shape[0]):
                 averages[row, d, b] = decays[d] * averages[row, d, b] + (np.float32(1) - decays[d]) * score
+
+
+@numba.njit(nogil=True, cache=True)
+def _catch_up(averages, seen, now, decays, lists, lengths, waiting, n_waiting):
+    """Take in the steps that wait: what ``_observe_listed`` makes of them one after another."""
+    listed = np.empty(lists.shape[1], np.float32)
+    for row in range(averages.shape[0]):
+        if n_waiting[row] == 0:
+            continue
+        n = lengths[row]
+        for i in range(n):
+            seen[row, lists[row, i]] = now
+        for d in range(decays.shape[0]):
+            keep = decays[d]
+            add = np.float32(1) - keep
+            for i in range(n):
+                listed[i] = averages[row, d, lists[row, i]]
+            for step in range(n_waiting[row]):
+                for i in range(n):
+                    listed[i] = keep * listed[i] + add * waiting[row, step, i]
+            for i in range(n):
+                averages[row, d, lists[row, i]] = listed[i]
+        n_waiting[row] = 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _observe_later(averages, seen, now, decays, lists, lengths, waiting, n_waiting, blocks, n_listed, scores, shares):
+    for row in range(averages.shape[0]):
+        n = n_listed[row]
+        same = n_waiting[row] < waiting.shape[1] and lengths[row] == n
+        for i in range(n if same else 0):
+            same &= lists[row, i] == blocks[row, i]
+        if not same:
+            one = slice(row, row + 1)
+            _catch_up(averages[one], seen[one], now, decays, lists[one], lengths[one], waiting[one], n_waiting[one])
+            lists[row, :n] = blocks[row, :n]
+            lengths[row] = n
+        for i in range(n):
+            waiting[row, n_waiting[row], i] = scores[row, i] * shares[row]
+        n_waiting[row] += 1
 
 
 @numba.njit(nogil=True, cache=True)
@@ -63,10 +92,11 @@ def _keep_listed(before, now, blocks, n_listed, scores, shares):
 
 
 @numba.njit(nogil=True, cache=True)
-def _changed(seen, since, first, last, n_blocks, reach, segments):
-    """segments[i]: row, begin and end of blocks whose prediction is not that of ``since``, and how many; see ``History.changed``."""
+def _changed(seen, since, n_blocks, reach):
+    """int64, shape (n, 3): row, first block and end of the segments whose prediction is not that of ``since``; see ``History.changed``."""
+    segments = np.empty((seen.shape[0] * (n_blocks // (4 * reach + 2) + 1), 3), np.int64)
     n = 0
-    for row in range(first, last):
+    for row in range(seen.shape[0]):
         b = 0
         while b < n_blocks:
             if seen[row, b] <= since[row]:
@@ -79,12 +109,16 @@ def _changed(seen, since, first, last, n_blocks, reach, segments):
                 b += 1
             segments[n, 0], segments[n, 1], segments[n, 2] = row, max(0, begin - reach), min(n_blocks, end + reach)
             n += 1
-    return n
+    return segments[:n]
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(averages, segments, n_blocks, reach, out):
-    """One segment after another, each with ``reach`` blocks at either side; zeros where a row ends. Returns the length."""
+def _gather(averages, segments, n_blocks, reach):
+    """One segment after another, each with ``reach`` blocks at either side; zeros where a row ends: (len(DECAYS), n)."""
+    n = 0
+    for i in range(len(segments)):
+        n += segments[i, 2] - segments[i, 1] + 2 * reach
+    out = np.zeros((averages.shape[1], (n + 255) // 256 * 256), np.float32)  # few different lengths
     at = 0
     for i in range(len(segments)):
         row, begin, end = segments[i]
@@ -92,7 +126,14 @@ def _gather(averages, segments, n_blocks, reach, out):
         for d in range(averages.shape[1]):
             out[d, at + low - begin + reach : at + high - begin + reach] = averages[row, d, low:high]
         at += end - begin + 2 * reach
-    return at
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _gather_changed(averages, seen, now, decays, lists, lengths, waiting, n_waiting, since, n_blocks, reach):
+    _catch_up(averages, seen, now, decays, lists, lengths, waiting, n_waiting)
+    segments = _changed(seen, since, n_blocks, reach)
+    return segments, _gather(averages, segments, n_blocks, reach)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -115,6 +156,7 @@ class History:
     Attributes
     ----------
     averages : float32, shape (n_layer * n_head_kv, len(DECAYS), n_blocks)
+        Without what ``observe_later`` was given since the last ``catch_up``.
     n_observed : int
         Steps since the last reset.
     epoch : int
@@ -128,6 +170,9 @@ class History:
         self.clock = 0  # counts what was observed, calibration included
         self._ring: npt.NDArray[np.float32] | None = None  # (n_steps, n_rows, n_blocks), step number n at n % n_steps
         self._n_in_ring = 0
+        self._n_waiting = np.zeros(n_layer * n_head_kv, np.int32)  # steps that are not yet in a row's averages
+        self._lists, self._lengths = np.zeros((n_layer * n_head_kv, 0), np.int32), self._n_waiting.copy()  # what they attended to
+        self._waiting = np.zeros((n_layer * n_head_kv, MOST_WAITING, 0), np.float32)
         self.n_observed = 0
         self.epoch = 0
 
@@ -140,6 +185,7 @@ class History:
         """From now on keep the scores of so many steps, at least. Blocks that a step did not see keep their last known score."""
         if n_steps <= (0 if self._ring is None else len(self._ring)):
             return
+        self.catch_up()
         n_rows, _, n_blocks = self.averages.shape
         self._ring = np.zeros((n_steps, n_rows, n_blocks), np.float32)
         self._n_in_ring = 0
@@ -154,9 +200,7 @@ class History:
         assert self._ring is not None
         return np.arange(self.n_observed - n_steps, self.n_observed) % len(self._ring)
 
-    def observe_listed(
-        self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray, spread: Spread = one_after_another
-    ) -> None:
+    def observe_listed(self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray) -> None:
         """Take in a sparse step.
 
         Parameters
@@ -167,25 +211,41 @@ class History:
         shares : float32, shape (n_rows,)
             Estimated share of the whole attention that the listed blocks hold: scores of a sparse step sum to one over
             the listed blocks, those of a dense step over all.
-        spread : callable
-            Makes calls, each a function and its arguments, perhaps on several threads.
         """
+        self.catch_up()
         self.clock += 1
-        n_rows = len(n_listed)
-        n_parts = max(1, min(n_rows, int(n_listed.sum()) // PART_MIN))
-        parts = [slice(n_rows * i // n_parts, n_rows * (i + 1) // n_parts) for i in range(n_parts)]
-        spread([
-            (_observe_listed, self.averages[p], self._seen[p], self.clock, self._decays, blocks[p], n_listed[p], scores[p], shares[p])
-            for p in parts
-        ])  # fmt: skip
+        _observe_listed(self.averages, self._seen, self.clock, self._decays, blocks, n_listed, scores, shares)
         if self._ring is not None:
             n = len(self._ring)
             _keep_listed(self._ring[(self.n_observed - 1) % n], self._ring[self.n_observed % n], blocks, n_listed, scores, shares)
             self._n_in_ring += 1
         self.n_observed += 1
 
+    def observe_later(self, blocks: npt.NDArray, n_listed: npt.NDArray, scores: npt.NDArray, shares: npt.NDArray) -> None:
+        """As ``observe_listed``, for lists that seldom change: the averages follow at ``catch_up``, of several steps in one go."""
+        if self._ring is not None:
+            return self.observe_listed(blocks, n_listed, scores, shares)
+        self.clock += 1
+        self.n_observed += 1
+        longest = int(n_listed.max(initial=0))
+        if longest > self._lists.shape[1]:
+            self.catch_up()
+            self._lists = np.zeros((len(n_listed), longest), np.int32)
+            self._waiting = np.empty((len(n_listed), MOST_WAITING, longest), np.float32)
+        _observe_later(*self._rows(ALL), blocks, n_listed, scores, shares)
+
+    def catch_up(self, rows: slice = ALL) -> None:
+        """Bring the averages of some rows up to date; several threads may do so for rows of their own."""
+        _catch_up(*self._rows(rows))
+
+    def _rows(self, rows: slice) -> tuple:
+        """What kernels take of some rows, first."""
+        waiting = self._lists[rows], self._lengths[rows], self._waiting[rows], self._n_waiting[rows]
+        return self.averages[rows], self._seen[rows], self.clock, self._decays, *waiting
+
     def observe_all(self, scores: npt.NDArray, begin: int, end: int, n_used_blocks: int) -> None:
         """Take in the tokens [begin, end) of a history batch: scores float32, shape (n_layer, max_taps, n_head_kv, n_blocks)."""
+        self.catch_up()
         self.clock += 1
         self._seen[:, :n_used_blocks] = self.clock
         _observe_all(self.averages, self._decays, scores, begin, end, n_used_blocks)
@@ -198,45 +258,43 @@ class History:
     def observe_rows(self, layer: int, scores: npt.NDArray, n_used_blocks: int) -> None:
         """Take in the exact scores of one layer, float32, shape (1, n_head_kv, n_blocks), beside those of a sparse step."""
         rows = slice(layer * scores.shape[1], (layer + 1) * scores.shape[1])
+        self.catch_up(rows)
         self.clock += 1
         self._seen[rows, :n_used_blocks] = self.clock
         _observe_all(self.averages[rows], self._decays, scores[None], 0, 1, n_used_blocks)
 
-    def changed(self, rows: slice, n_blocks: int, since: npt.NDArray[np.int64], reach: int) -> npt.NDArray[np.int64]:
-        """Where a prediction that looks ``reach`` blocks to either side differs from that of an earlier time.
+    def changed(
+        self, rows: slice, n_blocks: int, since: npt.NDArray[np.int64], reach: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Catch up; where a prediction that looks ``reach`` blocks to either side differs from an earlier one, and what it looks at.
 
         Parameters
         ----------
         since : int64, shape (n_rows,)
-            ``clock`` at that time; negative: never.
+            ``clock`` at that time, of the rows asked for; negative: never.
 
         Returns
         -------
-        int64, shape (n, 3)
-            Row, first block and end of each segment, in order.
+        segments : int64, shape (n, 3)
+            Row among those asked for, first block and end of each segment, in order.
+        averages : float32, shape (len(DECAYS), n_gathered)
+            Of the segments, each with ``reach`` blocks more at either side, zeros past a row's ends; and zeros after the last.
         """
-        first, last, _ = rows.indices(len(self.averages))
-        segments = np.empty(((last - first) * (n_blocks // (4 * reach + 2) + 1), 3), np.int64)
-        return segments[: _changed(self._seen, since, first, last, n_blocks, reach, segments)]
-
-    def gather(self, segments: npt.NDArray[np.int64], n_blocks: int, reach: int) -> npt.NDArray[np.float32]:
-        """The averages of segments, and of ``reach`` blocks at either side of each, zeros past a row's ends: (len(DECAYS), n)."""
-        n = int((segments[:, 2] - segments[:, 1]).sum()) + 2 * reach * len(segments)
-        out = np.zeros((len(DECAYS), -(-n // 256) * 256), np.float32)  # few different lengths
-        _gather(self.averages, segments, n_blocks, reach, out)
-        return out
+        return _gather_changed(*self._rows(rows), since, n_blocks, reach)
 
     @staticmethod
     def scatter(predicted: npt.NDArray[np.float32], segments: npt.NDArray[np.int64], reach: int, scores: npt.NDArray[np.float32]) -> None:
-        """Put what was predicted of what ``gather`` yields where it belongs."""
+        """Put what was predicted of what ``changed`` yields where it belongs."""
         _scatter(predicted, segments, reach, scores)
 
     def save(self) -> tuple:
         """What ``restore`` takes."""
+        self.catch_up()
         return self.averages.copy(), None if self._ring is None else self._ring.copy(), self._n_in_ring, self.n_observed
 
     def restore(self, saved: tuple) -> None:
         """Back to what was saved; counts as an edit."""
+        self.catch_up()
         averages, ring, self._n_in_ring, self.n_observed = saved
         self.averages[:] = averages
         self.change_from(0)
@@ -253,6 +311,7 @@ class History:
 
     def kept(self, n_blocks: int) -> dict[str, npt.NDArray[np.float32]]:
         """What ``take`` takes, of the first ``n_blocks`` blocks; for a file."""
+        self.catch_up()
         arrays = {"averages": self.averages[:, :, :n_blocks]}
         if self._ring is not None:
             n_steps = min(len(self._ring), self._n_in_ring)
@@ -279,6 +338,7 @@ class History:
 
     def truncate(self, n_tokens: int) -> None:
         """Drop what is known of blocks at or past the cell ``n_tokens``; everything when it is 0."""
+        self.catch_up()
         first = n_tokens // BLOCK_TOKENS
         self.averages[:, :, first:] = 0
         self.change_from(first)

@@ -7,6 +7,8 @@ block in slot i, -1 for none.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 from .native import BLOCK_TOKENS, Attached
 
 Ids = npt.NDArray[np.int32]
+PART = 512  # blocks whose copying is worth a thread
 
 
 @numba.njit(nogil=True, cache=True)
@@ -56,10 +59,10 @@ def _drop(table, in_use, n_listed, which):
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(store, offsets, row_bytes, head_bytes, n_head_kv, rows, blocks, n, out):
-    """Copy K or V of n blocks, rows of one KV head after another, from the store to out."""
+def _gather(store, offsets, row_bytes, head_bytes, n_head_kv, rows, blocks, out):
+    """Copy K or V of blocks, rows of one KV head after another, from the store to out."""
     at = 0
-    for i in range(n):
+    for i in range(len(rows)):
         layer, head = rows[i] // n_head_kv, rows[i] % n_head_kv
         begin = offsets[layer] + blocks[i] * 16 * row_bytes + head * head_bytes
         for _ in range(16):
@@ -77,6 +80,8 @@ class Pool:
     ----------
     attached : Attached
         With a pool.
+    spread : callable
+        Makes calls, each a function and its arguments, perhaps on several threads.
 
     Attributes
     ----------
@@ -86,9 +91,10 @@ class Pool:
         Blocks moved, since the start.
     """
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: Attached, spread: Callable[[list[tuple]], Any]):
         info, pool = attached.info, attached.pool_info
         self._attached = attached
+        self._spread = spread
         self._n_head_kv = info.n_head_kv
         n_rows = info.n_layer * info.n_head_kv
         self.table = attached.blocks.reshape(n_rows, info.n_blocks)
@@ -104,6 +110,7 @@ class Pool:
             whole = _bytes_at(int(base), int(starts.max() - base) + info.n_cells * row_bytes)
             self._store.append((whole, starts - base, row_bytes, row_bytes // info.n_head_kv))
         n = pool.n_staging
+        self.n_staging = n  # blocks that a buffer holds
         self._k_bytes = n * pool.k_block_bytes
         self._moves = [tuple(np.zeros(n, t) for t in (np.int32, np.int32, np.int32)) for _ in (0, 1)]  # rows, slots, blocks
 
@@ -145,8 +152,12 @@ class Pool:
         """Gather the blocks of a buffer's first n moves (``stage`` or ``put`` made them) and bring them to the device."""
         rows, slots, blocks = self._moves[buffer]
         staged, targets = self._attached.staging[buffer]
+        calls = []
         for (store, offsets, row_bytes, head_bytes), out in zip(self._store, (staged[: self._k_bytes], staged[self._k_bytes :])):
-            _gather(store, offsets, row_bytes, head_bytes, self._n_head_kv, rows, blocks, n, out)
+            for begin in range(0, max(n, 1), PART):
+                part, place = slice(begin, min(begin + PART, n)), out[begin * BLOCK_TOKENS * head_bytes :]
+                calls.append((_gather, store, offsets, row_bytes, head_bytes, self._n_head_kv, rows[part], blocks[part], place))
+        self._spread(calls)
         targets[:n] = self._first_slot[rows[:n]] + slots[:n]
         if n:
             self._attached.upload(buffer, n)
@@ -160,8 +171,8 @@ class Pool:
 
     def move(self, wanted: Ids, n_wanted: Ids, n_used: Ids, first: int, which: Ids) -> None:
         """Bring everything that the rows ``which`` want into the pool, now."""
-        buffer, n = 0, len(self._moves[0][0])
-        while n == len(self._moves[0][0]):
+        buffer, n = 0, self.n_staging
+        while n == self.n_staging:
             n = self.stage(buffer, wanted, n_wanted, n_used, first, which)
             self.apply(buffer, n)
             buffer = 1 - buffer

@@ -48,6 +48,7 @@ class Average:
         self._index = DECAYS.index(decay)
 
     def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
+        history.catch_up(rows)
         return history.averages[rows, self._index, :]
 
 

@@ -146,7 +146,7 @@ void apply(const session & s, int buffer, const std::vector<move> & moves) {
 }
 
 void device_path(llama_model * model) {
-    session s(model, {N_TAPS, KVCAST_TRACE_NONE, 0, N_SLOTS, 256});
+    session s(model, {N_TAPS, KVCAST_TRACE_NONE, 0, N_SLOTS, N_SLOTS}); // a staging buffer has a block for each row
     const auto pool = kvcast_get_pool_info(s.kv);
     const std::vector<int32_t> slots(s.info.n_layer, N_SLOTS), n_listed(s.n_rows(), N_SLOTS);
     check(kvcast_pool_plan(s.kv, slots.data(), N_SINK, N_WINDOW) == 0, "the plan was refused");
