@@ -87,6 +87,19 @@ def test_a_number_of_layers_is_looked_at_before_there_is_a_list_of_them(tmp_path
         inspect(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "number", "words"),
+    [
+        ("attention__head_count_kv", 2 + (1 << 28), "268435458 KV heads for 4 heads"),
+        ("attention__key_length", 1 << 31, "heads of 2147483648 channels"),
+    ],
+)
+def test_numbers_whose_products_overflow(key, number, words, tmp_path):
+    path = write_shape(tmp_path / "x.gguf", **{key: number})
+    with pytest.raises(ModelError, match=words):
+        inspect(path)
+
+
 def test_a_negative_epsilon(tmp_path):
     path = tiny(tmp_path / "x.gguf", struct.pack("<f", 1e-5), struct.pack("<f", -1e-5))
     with pytest.raises(ModelError, match="layer_norm_rms_epsilon"):

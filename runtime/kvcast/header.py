@@ -11,6 +11,7 @@ from .gguf_file import GgufFile, row_size
 
 SWA_PERIOD = {"cohere2": 4, "gemma3": 6, "olmo2": 4}  # of so many layers the last attends to everything, where the file says nothing else
 N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
+HEAD_MAX = 1 << 16  # channels
 WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
 
 
@@ -123,6 +124,11 @@ def header_of(gguf: GgufFile) -> Header:
     )
 
 
+def _most(value: object) -> int:
+    """A number, or the largest of those for each layer; 0 for anything else."""
+    return max((x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)), default=0)
+
+
 def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
     """What would make llama.cpp end the process, found by fuzzing; "" for nothing."""
     n_layer = gguf.get(f"{arch}.block_count")
@@ -131,6 +137,13 @@ def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
     window = gguf.get(f"{arch}.attention.sliding_window")
     if isinstance(window, int) and window > WINDOW_MAX:
         return f"it claims a sliding window of {window} tokens"
+    heads, heads_kv = (_most(gguf.get(f"{arch}.attention.{key}")) for key in ("head_count", "head_count_kv"))
+    if heads_kv > heads > 0:  # products of larger ones begin again at 0
+        return f"it claims {heads_kv} KV heads for {heads} heads"
+    for key in ("key_length", "value_length"):
+        n_channels = _most(gguf.get(f"{arch}.attention.{key}"))
+        if n_channels > HEAD_MAX:
+            return f"it claims heads of {n_channels} channels"
     for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
         epsilon = gguf.get(f"{arch}.attention.{key}")
         if isinstance(epsilon, float) and not epsilon >= 0:
