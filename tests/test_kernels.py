@@ -1,8 +1,10 @@
 """Numba kernels against their naive twins: compiled, interpreted, and (in a subprocess) with bounds checked."""
 
+import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,3 +157,36 @@ def test_with_bounds_checked(tmp_path):
         [sys.executable, "-m", "pytest", "-q", "-k", "compiled", __file__], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+LATE = """
+import sys
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from kvcast import Llama, SparseConfig, device, history, pool, selection
+from shapes import write_shape
+
+kernels = [x for module in (device, history, pool, selection) for x in vars(module).values() if isinstance(x, Dispatcher)]
+path, *settings = sys.argv[1:]
+config = SparseConfig(budget=256, **dict(s.split("=") for s in settings))
+llm = Llama(write_shape(path, n_ctx=2048), n_ctx=1024, verbose=False, sparse=config)
+before = [len(k.signatures) for k in kernels]
+llm.eval(np.arange(700).tolist())
+for token in range(40):
+    llm.eval([token])
+print([k.__name__ for k, n in zip(kernels, before) if len(k.signatures) > n])
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*itertools.product(("path=host", "path=device"), ("predictor=auto", "predictor=ema", "predictor=window")),
+     ("calibrate=off",), ("calibrate=host:4",), ("path=device", "calibrate=dense:4"), ("path=device", "calibrate=host:4")],
+    ids=" ".join,
+)  # fmt: skip
+def test_no_kernel_is_compiled_in_a_step(settings, tmp_path):
+    """All are compiled, or loaded from numba's cache, before the first token: a step must not wait a second for one."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", LATE, tmp_path / "x.gguf", *settings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "[]\n", done.stdout + done.stderr[-2000:]

@@ -28,7 +28,7 @@ from .session import Session
 from .sizes import STAGING_SHARE
 
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
-N_HELPERS = max(1, (psutil.cpu_count(logical=False) or 1) // 2)  # threads that select beside a GPU
+N_HELPERS = max(1, min(4, (psutil.cpu_count(logical=False) or 1) // 2))  # threads that select beside a GPU: more wait for each other
 PART_MIN = 1 << 14  # rows * blocks from which a share of that is worth a thread: more threads wait for each other
 STILL_BUSY = 200  # microseconds; when a step's results take longer to come, the device was computing all the time
 CAP = 8  # a layer's slots: at most so many times the mean
@@ -100,17 +100,19 @@ class DeviceSession(Session):
         self._helpers = None if on_cpu else ThreadPoolExecutor(N_HELPERS, thread_name_prefix="kvcast-select")
         self._n_parts = 1 if on_cpu else N_HELPERS
         self.pool = Pool(self.attached, self._spread)
+        self.history.observe_later(self.blocks, self.n_listed, self.scores, self.shares)  # of no block
         super()._warm_up()
         _copy_lists(self.blocks, self.n_listed, self._attended)
         self.pool.stage(0, self._wanted, self._n_wanted, self._n_wanted, 0, self._all_rows)
         self.pool.drop(self._n_wanted, self._n_wanted, self._all_rows)
 
     def _warm_up_selection(self) -> None:
-        scores = self.predictor.predict(self.history, self.blocks.shape[1])[:1]
-        one, none = slice(0, 1), np.zeros(1, np.int32)
+        few = slice(0, 2)
+        scores = self.predictor.predict(self.history, self.blocks.shape[1] - 1)[few]
+        none = np.zeros(len(scores), np.int32)
         _select_critical(
-            scores, self.blocks[one], none, 0, 0, 1, none, self._ranks[one], self._lists[one], self._lengths[one],
-            np.zeros(1, np.float32), np.zeros((1, 1), np.int32), none,
+            scores, self.blocks[few], none, 0, 0, 1, none, self._ranks[few], self._lists[few], self._lengths[few],
+            np.zeros(len(none), np.float32), np.zeros((len(none), 1), np.int32), none,
         )  # fmt: skip
         self.history.epoch += 1  # what a predictor has kept of this is void
 
