@@ -74,8 +74,8 @@ def _replace(before, wanted, n_wanted, begin, end, share):
         for change in (1, 0):  # what goes, then what comes
             left = n_new
             while left > 0:
-                b, run = np.random.randint(begin, end), RUN
-                while change and b > begin and inside[b] and inside[b - 1] == 1:  # whole runs go
+                run, b = RUN, before[row, np.random.randint(n)] if change else np.random.randint(begin, end)
+                while change and b > begin and inside[b - 1] == 1:  # whole runs go
                     b -= 1
                 while left > 0 and run > 0 and b < end and inside[b] == change:
                     inside[b] = 2 if change else 1  # what goes does not come back
@@ -101,7 +101,7 @@ def replay(session, shares: list[float]) -> None:
         begin, end = session._n_sink, n_used - session._n_window
         if drawn[rows].all() and (n_before > 0).all() and (before < end).all() and (n_before == n_wanted).all():
             _replace(before, wanted, n_wanted, begin, end, next(at))
-        elif (2 * n_wanted < end - begin).all():
+        elif (n_wanted > 0).all():
             _replace(wanted.copy(), wanted, n_wanted, begin, end, 1.0)
             drawn[rows] = True
 
