@@ -59,7 +59,7 @@ def scratch_bytes(header: Header, n_ctx: int) -> int:
 
 def history_bytes(header: Header, n_ctx: int) -> int:
     """Of every block five averages, when it was seen and what was predicted of it, and the lists that selections work on, in Python."""
-    return (5 + 2 + 4) * 4 * _n_rows(header) * (n_cells(n_ctx) // BLOCK_TOKENS)
+    return (5 + 2 + 5) * 4 * _n_rows(header) * (n_cells(n_ctx) // BLOCK_TOKENS)
 
 
 def move_bytes(header: Header, kv_type: str) -> int:
