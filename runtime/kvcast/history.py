@@ -53,7 +53,7 @@ def _catch_up(averages, seen, now, decays, lists, lengths, waiting, n_waiting):
 
 
 @numba.njit(nogil=True, cache=True)
-def _observe_later(averages, seen, now, decays, lists, lengths, waiting, n_waiting, blocks, n_listed, scores, shares):
+def _observe_later(blocks, n_listed, scores, shares, averages, seen, now, decays, lists, lengths, waiting, n_waiting):
     for row in range(averages.shape[0]):
         n = n_listed[row]
         same = n_waiting[row] < waiting.shape[1] and lengths[row] == n
@@ -130,7 +130,7 @@ def _gather(averages, segments, n_blocks, reach):
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather_changed(averages, seen, now, decays, lists, lengths, waiting, n_waiting, since, n_blocks, reach):
+def _gather_changed(since, n_blocks, reach, averages, seen, now, decays, lists, lengths, waiting, n_waiting):
     _catch_up(averages, seen, now, decays, lists, lengths, waiting, n_waiting)
     segments = _changed(seen, since, n_blocks, reach)
     return segments, _gather(averages, segments, n_blocks, reach)
@@ -232,14 +232,14 @@ class History:
             self.catch_up()
             self._lists = np.zeros((len(n_listed), longest), np.int32)
             self._waiting = np.empty((len(n_listed), MOST_WAITING, longest), np.float32)
-        _observe_later(*self._rows(ALL), blocks, n_listed, scores, shares)
+        _observe_later(blocks, n_listed, scores, shares, *self._rows(ALL))
 
     def catch_up(self, rows: slice = ALL) -> None:
         """Bring the averages of some rows up to date; several threads may do so for rows of their own."""
         _catch_up(*self._rows(rows))
 
     def _rows(self, rows: slice) -> tuple:
-        """What kernels take of some rows, first."""
+        """What kernels take of some rows, last."""
         waiting = self._lists[rows], self._lengths[rows], self._waiting[rows], self._n_waiting[rows]
         return self.averages[rows], self._seen[rows], self.clock, self._decays, *waiting
 
@@ -280,7 +280,7 @@ class History:
         averages : float32, shape (len(DECAYS), n_gathered)
             Of the segments, each with ``reach`` blocks more at either side, zeros past a row's ends; and zeros after the last.
         """
-        return _gather_changed(*self._rows(rows), since, n_blocks, reach)
+        return _gather_changed(since, n_blocks, reach, *self._rows(rows))
 
     @staticmethod
     def scatter(predicted: npt.NDArray[np.float32], segments: npt.NDArray[np.int64], reach: int, scores: npt.NDArray[np.float32]) -> None:
