@@ -177,8 +177,8 @@ class Session:
 
     def _warm_up_selection(self) -> None:
         """On a few rows of what this predictor yields: kernels are compiled for the layout of its array."""
-        n, few = self.blocks.shape[1], slice(0, 2)
-        scores = self.predictor.predict(self.history, n - 1)[few]  # few steps have every block in use, which is another layout
+        n, few = self.blocks.shape[1] - 1, slice(0, 2)  # few steps have every block in use, which is another layout
+        scores = self.predictor.predict(self.history, n)[few]
         some = self._set.map(lambda x: x[few])
         for summary in (False, self.config.summary):
             self._fill(some, scores, n, min(3, n), 1, 1, summary)
