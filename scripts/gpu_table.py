@@ -35,7 +35,7 @@ from kvcast import Llama, SparseConfig
 from kvcast.link import measure_link
 from kvcast.session import StepTimes
 
-RUN = 3  # critical blocks that lie side by side, in the mean: 3.0 to 4.4 in recordings (--record prints it)
+RUN = 3  # critical blocks that lie side by side, in the mean: 3.0 to 4.4 in recordings of `kvcast trace`
 CHURN = Path(__file__).resolve().parent.parent / "runtime/kvcast/data/churn.json"
 
 
@@ -62,19 +62,23 @@ def rounds(llm: Llama, n_context: int, n_steps: int, n_rounds: int) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
-def _replace(before, wanted, n_wanted, begin, end, share):
-    """Make ``wanted`` what ``before`` was, but for a share of each row's blocks, which are drawn anew from [begin, end), in runs."""
+def _replace(before, n_before, wanted, n_wanted, begin, end, share):
+    """Make ``wanted`` what of ``before`` lies in [begin, end), but for a share of each row's blocks; those and what is missing are drawn
+    anew, in runs."""
     inside = np.zeros(end, np.uint8)
     for row in range(wanted.shape[0]):
-        n = n_wanted[row]
+        n, n_there = n_wanted[row], 0
         inside[begin:end] = 0
-        for i in range(n):
-            inside[before[row, i]] = 1
-        n_new = min(int(share * n + np.random.random()), end - begin - n)
-        for change in (1, 0):  # what goes, then what comes
-            left = n_new
+        for b in before[row, : n_before[row]]:
+            if begin <= b < end:
+                inside[b] = 1
+                n_there += 1
+        n_gone = min(n_there, max(int(share * n + np.random.random()), n_there - n), end - begin - n)
+        for change, left in ((1, n_gone), (0, n - n_there + n_gone)):  # what goes, then what comes
             while left > 0:
-                run, b = RUN, before[row, np.random.randint(n)] if change else np.random.randint(begin, end)
+                run, b = RUN, before[row, np.random.randint(n_before[row])] if change else np.random.randint(begin, end)
+                if b >= end:
+                    continue
                 while change and b > begin and inside[b - 1] == 1:  # whole runs go
                     b -= 1
                 while left > 0 and run > 0 and b < end and inside[b] == change:
@@ -90,20 +94,16 @@ def _replace(before, wanted, n_wanted, begin, end, share):
 def replay(session, shares: list[float]) -> None:
     """Have the session's sets change as much as a real model's did; the first one is drawn whole."""
     select, at = session._select_wanted, itertools.cycle(shares)
-    drawn = np.zeros(session.n_rows, bool)
+    n_drawn = np.zeros(session.n_rows, np.int32)
 
     def select_and_replace(n_used: int, rows: slice) -> None:
         if rows.start == rows.stop and rows != slice(None):
             return
-        wanted, n_wanted = session._wanted[rows], session._n_wanted[rows]
-        before, n_before = wanted[:, : n_wanted.max()].copy(), n_wanted.copy()
+        before = session._wanted[rows, : n_drawn[rows].max()].copy()
         select(n_used, rows)
-        begin, end = session._n_sink, n_used - session._n_window
-        if drawn[rows].all() and (n_before > 0).all() and (before < end).all() and (n_before == n_wanted).all():
-            _replace(before, wanted, n_wanted, begin, end, next(at))
-        elif (n_wanted > 0).all():
-            _replace(wanted.copy(), wanted, n_wanted, begin, end, 1.0)
-            drawn[rows] = True
+        wanted, n_wanted = session._wanted[rows], session._n_wanted[rows]
+        _replace(before, n_drawn[rows], wanted, n_wanted, session._n_sink, n_used - session._n_window, next(at))
+        n_drawn[rows] = n_wanted
 
     session._select_wanted = select_and_replace
 

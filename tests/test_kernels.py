@@ -169,12 +169,15 @@ from shapes import write_shape
 kernels = [x for module in (device, history, pool, selection) for x in vars(module).values() if isinstance(x, Dispatcher)]
 path, *settings = sys.argv[1:]
 config = SparseConfig(budget=256, **dict(s.split("=") for s in settings))
-llm = Llama(write_shape(path, n_ctx=2048), n_ctx=1024, verbose=False, sparse=config)
-before = [len(k.signatures) for k in kernels]
-llm.eval(np.arange(700).tolist())
-for token in range(40):
-    llm.eval([token])
-print([k.__name__ for k, n in zip(kernels, before) if len(k.signatures) > n])
+late = []
+for n_head_kv in (1, 2):
+    llm = Llama(write_shape(path, n_ctx=2048, n_head_kv=n_head_kv), n_ctx=1024, verbose=False, sparse=config)
+    before = [len(k.signatures) for k in kernels]
+    llm.eval(np.arange(960).tolist())
+    for token in range(64):
+        llm.eval([token])
+    late += [k.__name__ for k, n in zip(kernels, before) if len(k.signatures) > n]
+print(late)
 """
 
 

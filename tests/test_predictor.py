@@ -37,14 +37,15 @@ def test_stream_against_numpy(shape):
     np.testing.assert_allclose(open_predictor(path).run(averages), naive_stream(path, averages), rtol=2e-4)
 
 
-def test_what_is_predicted_anew_equals_a_prediction_of_everything():
+@pytest.mark.parametrize("observe", ["observe_listed", "observe_later"])
+def test_what_is_predicted_anew_equals_a_prediction_of_everything(observe):
     """Over steps that see a few blocks each, with edits and growth; but for the first blocks, where a whole row is padded."""
     rng = np.random.default_rng(0)
     n_rows, n_total = 6, 1300
     known, predictor = History(n_rows, 1, n_total), open_predictor(resolve("stream"))
     assert predictor._reach == 2
     known.observe_all((rng.random((n_rows, 4, 1, n_total)) ** 5).astype(np.float32), 0, 4, 1000)
-    n_anew = []
+    n_anew, last = [], np.empty(0)
     run = predictor.run
     predictor.run = lambda averages: n_anew.append(averages.shape[2]) or run(averages)
     for step in range(30):
@@ -52,10 +53,15 @@ def test_what_is_predicted_anew_equals_a_prediction_of_everything():
         blocks = np.stack([np.sort(rng.permutation(n_used)[:12]) for _ in range(n_rows)]).astype(np.int32)
         blocks[:, -1] = n_used - 1
         scores = (rng.random((n_rows, 12)) ** 5).astype(np.float32)
-        known.observe_listed(blocks, np.full(n_rows, 12, np.int32), scores, np.ones(n_rows, np.float32))
+        if step % 4:
+            blocks[::2] = last[::2]  # the same lists for some steps
+        last = blocks
+        getattr(known, observe)(blocks, np.full(n_rows, 12, np.int32), scores, np.ones(n_rows, np.float32))
         if step == 20:
             known.truncate(900 * 16)
         rows = slice(0, n_rows) if step % 3 else slice(2, 5)
+        if step == 23:
+            known.observe_rows(3, scores[:1, None].repeat(n_used // 12 + 1, 2)[:, :, :n_used], n_used)
         got = predictor.predict(known, n_used, rows)
         whole = run(np.ascontiguousarray(known.averages[rows, :, :n_used]))
         np.testing.assert_allclose(got[:, 2:-2], whole[:, 2:-2], rtol=2e-4)

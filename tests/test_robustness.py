@@ -91,7 +91,9 @@ def test_a_number_of_layers_is_looked_at_before_there_is_a_list_of_them(tmp_path
     ("key", "number", "words"),
     [
         ("attention__head_count_kv", 2 + (1 << 28), "268435458 KV heads for 4 heads"),
+        ("attention__head_count", 1 << 29, "2 KV heads for 536870912 heads"),
         ("attention__key_length", 1 << 31, "heads of 2147483648 channels"),
+        ("attention__value_length_swa", 16 + (1 << 31), "heads of 2147483664 channels"),
     ],
 )
 def test_numbers_whose_products_overflow(key, number, words, tmp_path):

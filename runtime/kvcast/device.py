@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,8 @@ class DeviceSession(Session):
         self._next_shares = np.ones(self.n_rows, np.float32)
         # beside a GPU the cores have nothing else to do
         on_cpu = self.attached.pool_info.device == b"CPU"
-        self._helpers = None if on_cpu else ThreadPoolExecutor(N_HELPERS, thread_name_prefix="kvcast-select")
+        self._helpers = None if on_cpu or N_HELPERS == 1 else ThreadPoolExecutor(N_HELPERS - 1, thread_name_prefix="kvcast-select")
+        self._spreading: list[Future] = []  # what the helpers were given last
         self._n_parts = 1 if on_cpu else N_HELPERS
         self.pool = Pool(self.attached, self._spread)
         self.history.observe_later(self.blocks, self.n_listed, self.scores, self.shares)  # of no block
@@ -107,13 +108,13 @@ class DeviceSession(Session):
         self.pool.drop(self._n_wanted, self._n_wanted, self._all_rows)
 
     def _warm_up_selection(self) -> None:
-        few = slice(0, 2)
-        scores = self.predictor.predict(self.history, self.blocks.shape[1] - 1)[few]
-        none = np.zeros(len(scores), np.int32)
-        _select_critical(
-            scores, self.blocks[few], none, 0, 0, 1, none, self._ranks[few], self._lists[few], self._lengths[few],
-            np.zeros(len(none), np.float32), np.zeros((len(none), 1), np.int32), none,
-        )  # fmt: skip
+        for few in (slice(0, 1), slice(0, 2)):  # one row, as all rows of whole arrays, is laid out otherwise than two
+            scores = self.predictor.predict(self.history, self.blocks.shape[1] - 1)[few]
+            none = np.zeros(len(scores), np.int32)
+            _select_critical(
+                scores, self.blocks[few], none, 0, 0, 1, none, self._ranks[few], self._lists[few], self._lengths[few],
+                np.zeros(len(none), np.float32), np.zeros((len(none), 1), np.int32), none,
+            )  # fmt: skip
         self.history.epoch += 1  # what a predictor has kept of this is void
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
@@ -171,8 +172,8 @@ class DeviceSession(Session):
         if self.on_attended is not None:
             self.on_attended(position)
 
-    def close(self) -> None:
-        super().close()
+    def _end_threads(self) -> None:
+        super()._end_threads()
         if self._helpers is not None:
             self._helpers.shutdown()
 
@@ -394,12 +395,17 @@ class DeviceSession(Session):
         if self._helpers is None or len(calls) < 2:
             return [call(*arguments) for call, *arguments in calls]
         (here, *arguments), others = calls[0], calls[1:]
-        pending = [self._helpers.submit(*call) for call in others]
+        self._spreading = [self._helpers.submit(*call) for call in others]
         try:
             first = here(*arguments)
         finally:
-            wait(pending)
-        return [first, *(p.result() for p in pending)]
+            wait(self._spreading)
+        return [first, *(p.result() for p in self._spreading)]
+
+    def _settle(self) -> BaseException | None:
+        error = super()._settle()
+        wait(self._spreading)  # an interrupt may have come while they were waited for
+        return error
 
     def _beside(self, n_used: int, rows: slice) -> None:
         """Calibrate, select and stage the set of some rows for the next step while this one is computed."""

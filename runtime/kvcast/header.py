@@ -11,7 +11,7 @@ from .gguf_file import GgufFile, row_size
 
 SWA_PERIOD = {"cohere2": 4, "gemma3": 6, "olmo2": 4}  # of so many layers the last attends to everything, where the file says nothing else
 N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
-HEAD_MAX = 1 << 16  # channels
+HEAD_MAX = 1 << 16  # heads, and channels of each
 WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
 
 
@@ -138,9 +138,9 @@ def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
     if isinstance(window, int) and window > WINDOW_MAX:
         return f"it claims a sliding window of {window} tokens"
     heads, heads_kv = (_most(gguf.get(f"{arch}.attention.{key}")) for key in ("head_count", "head_count_kv"))
-    if heads_kv > heads > 0:  # products of larger ones begin again at 0
+    if heads_kv > heads > 0 or heads > HEAD_MAX:  # products of larger ones begin again at 0
         return f"it claims {heads_kv} KV heads for {heads} heads"
-    for key in ("key_length", "value_length"):
+    for key in ("key_length", "value_length", "key_length_swa", "value_length_swa"):
         n_channels = _most(gguf.get(f"{arch}.attention.{key}"))
         if n_channels > HEAD_MAX:
             return f"it claims heads of {n_channels} channels"

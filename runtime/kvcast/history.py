@@ -1,8 +1,8 @@
 """What is remembered of attention: a few exponential averages of each block's score, per layer and KV head.
 
 A score is the sum of attention probability over a block's tokens, mean over the query heads of the group. Blocks that a
-step did not attend to keep their last known averages (never zeros for what was not seen). Kernels take plain arrays and
-write into the caller's; the naive twins are in tests/naive.py.
+step did not attend to keep their last known averages (never zeros for what was not seen). Kernels take plain arrays; the
+naive twins are in tests/naive.py.
 """
 
 from __future__ import annotations
@@ -225,13 +225,15 @@ class History:
         """As ``observe_listed``, for lists that seldom change: the averages follow at ``catch_up``, of several steps in one go."""
         if self._ring is not None:
             return self.observe_listed(blocks, n_listed, scores, shares)
-        self.clock += 1
-        self.n_observed += 1
         longest = int(n_listed.max(initial=0))
         if longest > self._lists.shape[1]:
             self.catch_up()
-            self._lists = np.zeros((len(n_listed), longest), np.int32)
-            self._waiting = np.empty((len(n_listed), MOST_WAITING, longest), np.float32)
+            n = -(-longest // 64) * 64
+            lists = np.zeros((len(n_listed), n), np.int32)
+            self._waiting = np.empty((len(n_listed), MOST_WAITING, n), np.float32)
+            self._lists = lists  # last: its width says that both are there
+        self.clock += 1
+        self.n_observed += 1
         _observe_later(blocks, n_listed, scores, shares, *self._rows(ALL))
 
     def catch_up(self, rows: slice = ALL) -> None:

@@ -138,7 +138,8 @@ class Planner:
         if path == "host":
             found += [Part("summary of keys", "host", sizes.summary_bytes(header, n_ctx))]
         if path != "dense":
-            found += [Part("scores and history", "host", sizes.scratch_bytes(header, n_ctx) + sizes.history_bytes(header, n_ctx))]
+            history = sizes.history_bytes(header, n_ctx, self.budget(path, n_ctx) if path == "device" else 0)
+            found += [Part("scores and history", "host", sizes.scratch_bytes(header, n_ctx) + history)]
         compute = sizes.compute_bytes(header, n_ctx, n_ubatch, self.kv_type, copies_kv)
         found += [
             Part("compute buffers", weights, compute, estimate=True),

@@ -157,7 +157,11 @@ class Pool:
             for begin in range(0, max(n, 1), PART):
                 part, place = slice(begin, min(begin + PART, n)), out[begin * BLOCK_TOKENS * head_bytes :]
                 calls.append((_gather, store, offsets, row_bytes, head_bytes, self._n_head_kv, rows[part], blocks[part], place))
-        self._spread(calls)
+        if n > PART:
+            self._spread(calls)
+        else:
+            for call, *arguments in calls:
+                call(*arguments)
         targets[:n] = self._first_slot[rows[:n]] + slots[:n]
         if n:
             self._attached.upload(buffer, n)
@@ -183,7 +187,7 @@ class Pool:
 
     def put(self, slot: int, block: int) -> None:
         """Bring one block into the same slot of every row, now."""
-        n_rows, n_max = len(self.table), len(self._moves[0][0])
+        n_rows, n_max = len(self.table), self.n_staging
         for i, begin in enumerate(range(0, n_rows, n_max)):
             rows, slots, blocks = self._moves[i % 2]
             n = min(n_max, n_rows - begin)

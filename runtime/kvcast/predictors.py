@@ -31,7 +31,7 @@ class Predictor(Protocol):
     def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
         """float32, shape (n_rows, >= n_blocks): larger means more attention; only the order within a row counts.
 
-        rows: those asked for, where ``by_rows``.
+        rows: those asked for, where ``by_rows``. Who reads ``history.averages`` has the history ``catch_up`` first.
         """
         ...
 

@@ -177,18 +177,22 @@ class Session:
 
     def _warm_up_selection(self) -> None:
         """On a few rows of what this predictor yields: kernels are compiled for the layout of its array."""
-        n, few = self.blocks.shape[1] - 1, slice(0, 2)  # few steps have every block in use, which is another layout
-        scores = self.predictor.predict(self.history, n)[few]
-        some = self._set.map(lambda x: x[few])
-        for summary in (False, self.config.summary):
-            self._fill(some, scores, n, min(3, n), 1, 1, summary)
-        self.n_listed[few] = self.n_free[few] = 0
+        n = self.blocks.shape[1] - 1
+        for few in (slice(0, 1), slice(0, 2)):  # one row, as all rows of whole arrays, is laid out otherwise than two
+            scores = self.predictor.predict(self.history, n)[few]
+            some = self._set.map(lambda x, few=few: x[few])
+            for summary in (False, self.config.summary):
+                self._fill(some, scores, n, min(3, n), 1, 1, summary)
+        self.n_listed[:2] = self.n_free[:2] = 0
         self.history.epoch += 1  # what a predictor has kept of this is void
 
     def close(self) -> None:
+        self._end_threads()
+        self.attached.close()
+
+    def _end_threads(self) -> None:
         if self._worker is not None:
             self._worker.shutdown(wait=True)
-        self.attached.close()
 
     def configure(self, config: SparseConfig, *, frozen: bool = False) -> None:
         """Go on with other settings, and with times from zero; ``frozen`` keeps the next selected set for ever.

@@ -57,9 +57,10 @@ def scratch_bytes(header: Header, n_ctx: int) -> int:
     return by_row + of_taps + 4 * (n_cells(n_ctx) + 2 * n_blocks + header.n_head_kv * group * n_blocks)
 
 
-def history_bytes(header: Header, n_ctx: int) -> int:
-    """Of every block five averages, when it was seen and what was predicted of it, and the lists that selections work on, in Python."""
-    return (5 + 2 + 5) * 4 * _n_rows(header) * (n_cells(n_ctx) // BLOCK_TOKENS)
+def history_bytes(header: Header, n_ctx: int, pool_tokens: int = 0) -> int:
+    """Of every block five averages, when it was seen and what was predicted of it, and the lists that selections work on, in Python; of
+    every slot of a pool what eight steps gave it."""
+    return 4 * _n_rows(header) * ((5 + 2 + 5) * (n_cells(n_ctx) // BLOCK_TOKENS) + (1 + 8) * (pool_tokens // BLOCK_TOKENS))
 
 
 def move_bytes(header: Header, kv_type: str) -> int:

@@ -94,6 +94,8 @@ class Live:
 
     def end(self) -> None:
         """It is over."""
+        if self._llm.sparse is not None:
+            self._llm.session.take_in()
         self._state = "idle"
         self.version += 1
 
