@@ -7,6 +7,7 @@ is kept here (history, lists) can always be made again from it by running the la
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 import warnings
@@ -180,7 +181,7 @@ class Session:
         n = self.blocks.shape[1] - 1
         for few in (slice(0, 1), slice(0, 2)):  # one row, as all rows of whole arrays, is laid out otherwise than two
             scores = self.predictor.predict(self.history, n)[few]
-            some = self._set.map(lambda x, few=few: x[few])
+            some = self._set.map(operator.itemgetter(few))
             for summary in (False, self.config.summary):
                 self._fill(some, scores, n, min(3, n), 1, 1, summary)
         self.n_listed[:2] = self.n_free[:2] = 0
