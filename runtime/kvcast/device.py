@@ -216,8 +216,9 @@ class DeviceSession(Session):
             super()._learn()
 
     def take_in(self) -> None:
-        self._take_scores()
-        self.history.catch_up()
+        if self._pending is None:  # else an interrupt came between two steps, and the thread beside is at it
+            self._take_scores()
+            self.history.catch_up()
 
     def _take_scores(self) -> None:
         """The history is told of the last step; it takes that in when it is asked."""
