@@ -52,7 +52,11 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
     assert header.store_bytes(n_ctx, kind, kind, 512) == real["store"]
     assert sizes.scratch_bytes(header, n_ctx) == pytest.approx(real["scratch"], rel=0.03)
     kept = 4 * header.n_layer_served * header.n_head_kv * info.n_blocks  # by the predictor
-    assert sizes.history_bytes(header, n_ctx) == pytest.approx(real["history"] + kept, rel=0.03 if path == "device" else 0.8)
+    ratio = sizes.history_bytes(header, n_ctx) / (real["history"] + kept)
+    if path == "device":
+        assert ratio == pytest.approx(1, rel=0.03)
+    else:  # the lists come with the first selection beside a step
+        assert 1 <= ratio <= 1.8
     if path == "device":
         assert sizes.pool_sizes(header, n_ctx, 512, kv_type) == pytest.approx(real["pool"], rel=0.03)
     else:

@@ -99,7 +99,6 @@ class DeviceSession(Session):
         on_cpu = self.attached.pool_info.device == b"CPU"
         self._helpers = None if on_cpu or N_HELPERS == 1 else ThreadPoolExecutor(N_HELPERS - 1, thread_name_prefix="kvcast-select")
         self._spreading: list[Future] = []  # what the helpers were given last
-        self._n_parts = 1 if on_cpu else N_HELPERS
         self.pool = Pool(self.attached, self._spread)
         self.history.observe_later(self.blocks, self.n_listed, self.scores, self.shares)  # of no block
         super()._warm_up()
@@ -348,7 +347,7 @@ class DeviceSession(Session):
         self._take_scores()
         begin = time.perf_counter()
         first, last, _ = rows.indices(self.n_rows)
-        n_parts = max(1, min(self._n_parts, (last - first) * n_used // PART_MIN))
+        n_parts = max(1, min(N_HELPERS, (last - first) * n_used // PART_MIN)) if self._helpers is not None else 1
         bounds = [first + (last - first) * i // n_parts for i in range(n_parts + 1)]
         parts = [slice(*ends) for ends in itertools.pairwise(bounds) if ends[0] < ends[1]]
         predictor, scores = self.predictor, None

@@ -90,10 +90,7 @@ def header_of(gguf: GgufFile) -> Header:
     arch = gguf.get("general.architecture", "")
 
     def number(key: str, default: int) -> int:
-        value = gguf.get(f"{arch}.{key}", default)
-        if isinstance(value, list):  # one for each layer
-            value = max(value, default=default)
-        return value if isinstance(value, int) else default  # llama.cpp refuses what is none
+        return _most(gguf.get(f"{arch}.{key}"), default)
 
     tokens = gguf.strings("tokenizer.ggml.tokens")
     if wrong := _damage(gguf, arch, tokens):
@@ -124,9 +121,9 @@ def header_of(gguf: GgufFile) -> Header:
     )
 
 
-def _most(value: object) -> int:
-    """A number, or the largest of those for each layer; 0 for anything else."""
-    return max((x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)), default=0)
+def _most(value: object, default: int = 0) -> int:
+    """A number, or the largest of those for each layer; the default for anything else, which llama.cpp refuses."""
+    return max((x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)), default=default)
 
 
 def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:

@@ -152,19 +152,17 @@ class Pool:
         """Gather the blocks of a buffer's first n moves (``stage`` or ``put`` made them) and bring them to the device."""
         rows, slots, blocks = self._moves[buffer]
         staged, targets = self._attached.staging[buffer]
-        calls = []
-        for (store, offsets, row_bytes, head_bytes), out in zip(self._store, (staged[: self._k_bytes], staged[self._k_bytes :])):
-            for begin in range(0, max(n, 1), PART):
-                part, place = slice(begin, min(begin + PART, n)), out[begin * BLOCK_TOKENS * head_bytes :]
-                calls.append((_gather, store, offsets, row_bytes, head_bytes, self._n_head_kv, rows[part], blocks[part], place))
-        if n > PART:
-            self._spread(calls)
-        else:
-            for call, *arguments in calls:
-                call(*arguments)
+        self._spread([(self._copy, rows[:n], blocks[:n], staged, begin) for begin in range(0, max(n, 1), PART)])
         targets[:n] = self._first_slot[rows[:n]] + slots[:n]
         if n:
             self._attached.upload(buffer, n)
+
+    def _copy(self, rows: Ids, blocks: Ids, staged: npt.NDArray[np.uint8], begin: int) -> None:
+        """K and V of at most ``PART`` blocks of a buffer's moves, from the store to the buffer."""
+        part = slice(begin, begin + PART)
+        for (store, offsets, row_bytes, head_bytes), out in zip(self._store, (staged[: self._k_bytes], staged[self._k_bytes :])):
+            place = out[begin * BLOCK_TOKENS * head_bytes :]
+            _gather(store, offsets, row_bytes, head_bytes, self._n_head_kv, rows[part], blocks[part], place)
 
     def apply(self, buffer: int, n: int) -> None:
         """Put n staged blocks into their slots and into the table."""
