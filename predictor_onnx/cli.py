@@ -29,7 +29,7 @@ def needs_torch() -> None:
         import onnx  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"training and export need {error.name}, which is not installed: pip install torch onnx (kvcast[train])") from None
+        raise ValueError(f"training and export need {error.name}, which is not installed: pip install torch onnx") from None
 
 
 @app.command()

@@ -190,9 +190,7 @@ def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False
     try:
         import onnxruntime
     except ImportError:
-        raise PredictorError(
-            "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA (kvcast[cpu] or kvcast[cuda])"
-        ) from None
+        raise PredictorError("ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA") from None
     name = path.name if isinstance(path, Path) else "embedded"
     if isinstance(path, Path) and not path.is_file():
         raise PredictorError(f"there is no predictor {str(path)!r}; those that come with kvcast: {', '.join(shipped())}")
@@ -212,7 +210,7 @@ def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False
     except unusable() as error:
         raise PredictorError(f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'") from error
     if cuda and session.get_providers()[0] != CUDA:
-        warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; kvcast[cuda] brings it", stacklevel=2)
+        warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; onnxruntime-gpu has one", stacklevel=2)
     given = tuple(shapes)
     for kind in (StreamPredictor, PaperPredictor):
         if given == kind.inputs and OUTPUT in outputs:

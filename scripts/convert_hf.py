@@ -2,7 +2,7 @@
 
     python scripts/convert_hf.py CHECKPOINT_DIR OUT.gguf [--quantize Q4_K_M] [--predictor stream]
 
-Needs kvcast and, for the converter, torch, transformers, safetensors and sentencepiece (kvcast[convert]).
+Needs kvcast and, for the converter, torch, transformers, safetensors and sentencepiece.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import vendor
 from kvcast.cli import progress
 from kvcast.embedded import embed
 from kvcast.errors import KvcastError
+from kvcast.extras import install_line
 from kvcast.native import llama_cpp, quiet
 from predictor_onnx.infer import open_predictor, resolve
 
@@ -37,7 +38,7 @@ def convert(checkpoint: Path, out: Path) -> None:
     """Write the checkpoint as 16-bit GGUF."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise KvcastError(f"converting needs {', '.join(missing)}: pip install 'kvcast[convert]'")
+        raise KvcastError(f"converting needs {', '.join(missing)}: {install_line('convert')}")
     if not (checkpoint / "config.json").is_file():
         raise KvcastError(f"{str(checkpoint)!r} is not a checkpoint: it has no config.json; give the folder that has it")
     command = [sys.executable, str(vendor.converter()), str(checkpoint), "--outfile", str(out), "--outtype", "auto"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from kvcast import Llama, SparseConfig, models
 from kvcast.chat import Conversation
 from kvcast.cli import fetched, notes, progress
+from kvcast.cores import usable_cores
 from kvcast.eval.recovery import Recorder, recovery_of, true_scores
 from kvcast.picture import attended
 
@@ -41,7 +41,7 @@ def main() -> None:
     path = fetched("smollm2")
     document = options.file.read_text(encoding="utf-8")
     n_ctx = models.find("smollm2").context
-    n_threads = psutil.cpu_count(logical=False) or 1
+    n_threads = usable_cores()
     config = SparseConfig(budget=options.budget)
     console.print(f"[bold]{options.file.name}[/bold]: {options.question}\n")
 

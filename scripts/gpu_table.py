@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numba
 import numpy as np
-import psutil
 
 from kvcast import Llama, SparseConfig
+from kvcast.cores import usable_cores
 from kvcast.link import measure_link
 from kvcast.session import StepTimes
 
@@ -229,7 +229,7 @@ def main() -> None:
             table.add(context=n_context, how="dense, KV on GPU", tok_s=tok_s, **prefill, gpu_mib=gpu_memory_mib() - table.empty_mib)
             llm.close()
             if n_context <= options.host_dense_max:
-                llm, prefill = table.load(n_context, flash_attn=True, offload_kqv=False, n_threads=psutil.cpu_count(logical=False))
+                llm, prefill = table.load(n_context, flash_attn=True, offload_kqv=False, n_threads=usable_cores())
                 tok_s = rounds(llm, n_context, 16, 1)
                 table.add(context=n_context, how="dense, KV on host", tok_s=tok_s, **prefill)
                 llm.close()

@@ -21,6 +21,7 @@ import psutil
 
 import kvcast
 from kvcast import Llama, SparseConfig, models
+from kvcast.cores import usable_cores
 from kvcast.native import Attached, llama_cpp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,7 @@ class Sessions:
 
     def __init__(self) -> None:
         path = models.resolve("smollm2")
-        shared = {"n_ctx": N_CTX, "n_batch": 128, "n_threads": psutil.cpu_count(logical=False), "verbose": False}
+        shared = {"n_ctx": N_CTX, "n_batch": 128, "n_threads": usable_cores(), "verbose": False}
         dense = {"flash_attn": True, "offload_kqv": False, **shared}
         with tempfile.TemporaryDirectory() as folder:
             few, one = (first_layers(path, Path(folder) / f"{n}.gguf", n) for n in (N_LAYER, 1))

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from kvcast import Llama, SparseConfig, models
+from kvcast.cores import usable_cores
 from sessions import sessions
 
 TEXT = Path(__file__).resolve().parent / "demo.txt"
@@ -23,7 +24,7 @@ TEXT = Path(__file__).resolve().parent / "demo.txt"
 
 def load(n_ctx: int, **config) -> tuple[Llama, list[int]]:
     config = SparseConfig(path="device", **config)
-    llm = Llama(models.resolve("smollm2"), n_ctx=n_ctx, sparse=config, n_threads_batch=psutil.cpu_count(logical=False), verbose=False)
+    llm = Llama(models.resolve("smollm2"), n_ctx=n_ctx, sparse=config, n_threads_batch=usable_cores(), verbose=False)
     return llm, llm.tokenize(TEXT.read_bytes())
 
 
@@ -41,9 +42,7 @@ def verify(n_steps: int) -> None:
 def rounds(n_steps: int) -> None:
     n_context, n = 4096, 200
     llm, tokens = load(n_context + 512, budget=512)
-    dense = Llama(
-        models.resolve("smollm2"), n_ctx=n_context + 512, flash_attn=True, n_threads=psutil.cpu_count(logical=False), verbose=False
-    )
+    dense = Llama(models.resolve("smollm2"), n_ctx=n_context + 512, flash_attn=True, n_threads=usable_cores(), verbose=False)
     for x in (llm, dense):
         x.eval(tokens[:n_context])
     ratios, memory = [], []

@@ -4,37 +4,40 @@
     python scripts/vendor.py --export   write patches/*.patch anew from an edited vendor/llama.cpp (make patches)
     python scripts/vendor.py --pristine DIR   the pruned tree without patches (the reference build of the tests)
 
-The source is the sdist of llama-cpp-python, which carries llama.cpp; pip fetches it, so any index or mirror that pip
-is set up for serves. Standard library only: this runs inside the build, before anything is installed.
+The source is the sdist of llama-cpp-python, which carries llama.cpp, and whose Python part kvcast carries; it comes from the package
+index that pip is set up for. This runs inside the build, before kvcast is installed; to download it needs what runtime/kvcast/download.py
+imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from difflib import unified_diff
 from pathlib import Path
+from typing import Any
 
 SDIST = "llama_cpp_python-0.3.36.tar.gz"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-REQUIREMENT = "llama_cpp_python==0.3.36"
+NAME, VERSION = "llama-cpp-python", "0.3.36"
 TOP = "llama_cpp_python-0.3.36/"
 PREFIX = f"{TOP}vendor/llama.cpp/"
 KEEP = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "ggml", "common", "vendor")
 CONVERTER = ("LICENSE", "convert_hf_to_gguf.py", "conversion", "gguf-py")
+PYTHON_PART = ("LICENSE.md", "llama_cpp")
 NEIGHBOURS = ("tests", "vendor/llama.cpp/models/ggml-vocab-llama-spm.gguf")
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "vendor" / "llama.cpp"
+PYTHON_TREE = ROOT / "vendor" / "llama_cpp_python"
 ORIGINALS = ROOT / "vendor" / "originals"  # the files that patches touch, as they were
 PATCHES = ROOT / "patches"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcast"
 
 
 class VendorError(Exception):
@@ -54,35 +57,32 @@ def stamp() -> str:
     return digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+def _module(name: str) -> Any:
+    """One file of kvcast, which is not installed yet."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "runtime" / "kvcast" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fetch() -> Path:
-    """The sdist in the cache, downloaded with pip when it is not there."""
-    path = CACHE / SDIST
-    if not path.exists() or sha256(path) != SHA256:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-            command += ["--no-binary", ":all:", "--dest", folder, REQUIREMENT]
-            # pip prepares metadata of an sdist, which needs its build backend; fall back to isolation where it is missing
-            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0:
-                command.remove("--no-build-isolation")
-                if subprocess.run(command).returncode != 0:
-                    raise VendorError(f"pip could not download {REQUIREMENT}; check the network or pip's index settings")
-            found = sha256(Path(folder) / SDIST)
-            if found != SHA256:
-                raise VendorError(f"{SDIST} has sha256 {found}, expected {SHA256}; the index serves another file")
-            os.replace(Path(folder) / SDIST, path)
+    """The sdist in the user's cache, downloaded when it is not there."""
+    try:
+        download, folders = _module("download"), _module("folders")
+    except ImportError as error:
+        raise VendorError(f"fetching {SDIST} needs {error.name}: pip install pypi-simple filelock platformdirs") from error
+    path = folders.cache_folder() / SDIST
+    if path.exists() and download.sha256(path) != SHA256:
+        path.unlink()
+    if not path.exists():
+        try:
+            download.download(NAME, VERSION, ".tar.gz", path)
+        except download.DownloadError as error:
+            raise VendorError(str(error)) from error
+        if (found := download.sha256(path)) != SHA256:
+            path.unlink()
+            raise VendorError(f"{SDIST} has sha256 {found}, expected {SHA256}; the index serves another file")
     return path
 
 
@@ -173,6 +173,7 @@ def main() -> None:
         if not (PATCHES / "series").exists() and TREE.exists():
             return
         shutil.rmtree(ORIGINALS, ignore_errors=True)
+        extract(PYTHON_TREE, PYTHON_PART, TOP)
         extract(TREE)
         apply(TREE)
         mark.write_text(stamp())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from kvcast.library import CARRIED
 from kvcast import Llama, SparseConfig
 from kvcast.native import Attached
 from lowlevel import Context
@@ -78,7 +79,7 @@ def test_contract_1_sparse_none_equals_an_unpatched_build(model, dense, tmp_path
     assert REFERENCE.is_dir(), "build the reference first: make reference"
     script, out = tmp_path / "stock.py", tmp_path / "logits.npy"
     script.write_text(STOCK)
-    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(REFERENCE)}
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(REFERENCE), "PYTHONPATH": str(CARRIED.parent)}
     arguments = [str(model[1]), str(ROOT / "tests/data/code.txt"), str(out), str(N_CONTEXT[model[0]]), str(N_STEPS), "1"]
     done = subprocess.run([sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -134,7 +135,8 @@ def test_contract_3_rows_of_the_store(model, dense, path):
 
 
 def test_contract_3_every_row_is_what_the_graph_computed(model, code):
-    from kvcast import native
+    from kvcast.library import CARRIED
+from kvcast import native
 
     seen = {}
     context = Context(model[1], 1024, flash_attn=True, names=("Kcur-", "Vcur-"), watch=lambda name, x: seen.__setitem__(name, x))

@@ -15,7 +15,7 @@ from test_contract import logits_of
 
 SCRIPT = ROOT / "scripts" / "convert_hf.py"
 MISSING = [name for name in ("torch", "transformers", "safetensors", "sentencepiece") if importlib.util.find_spec(name) is None]
-needs_torch = pytest.mark.skipif(bool(MISSING), reason=f"the converter needs {', '.join(MISSING)} (kvcast[convert])")
+needs_torch = pytest.mark.skipif(bool(MISSING), reason=f"the converter needs {', '.join(MISSING)}")
 
 
 def run(*arguments):

@@ -16,6 +16,7 @@ import pytest
 from kvcast import KvcastError, Llama, ModelError, SparseConfig, embedded
 from kvcast.embedded import embed, extract
 from kvcast.gguf_file import GgufFile
+from kvcast.library import CARRIED
 from predictor_onnx.infer import PredictorError, resolve
 from test_contract import REFERENCE, logits_of
 from test_errors import command, one_sentence
@@ -82,7 +83,7 @@ def test_stock_llama_cpp_loads_it(smollm2, carrier, tmp_path):
     assert REFERENCE.is_dir(), "build the reference first: make reference"
     found = []
     for path in (smollm2, carrier):
-        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(REFERENCE)}
+        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(REFERENCE), "PYTHONPATH": str(CARRIED.parent)}
         arguments = [sys.executable, "-c", STOCK, str(path), str(tmp_path / "logits.npy")]
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

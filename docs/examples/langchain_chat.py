@@ -1,6 +1,6 @@
 """Questions about a document with LangChain, on a kvcast model: a prompt, the model, a parser, in one chain.
 
-pip install kvcast[integrations]
+pip install .[integrations], in a checkout
 python docs/examples/langchain_chat.py DOCUMENT.txt "What is it about?" [--model smollm2]
 """
 

@@ -7,7 +7,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .errors import CallbackError, GenerationError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
-from .library import name_own_libraries
+from .folders import keep_compiled_kernels
+from .library import carry_llama_cpp
 
 if TYPE_CHECKING:
     from .config import SparseConfig
@@ -27,7 +28,8 @@ __all__ = [
     "SparseUntested",
 ]
 
-name_own_libraries()
+carry_llama_cpp()
+keep_compiled_kernels()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from .config import SparseConfig
+from .cores import usable_cores
 from .device import DeviceSession
 from .errors import ModelError
 from .eval.recovery import Recovery, measure
@@ -141,7 +140,7 @@ def bench(
         raise ValueError(f"the context is {n_context} tokens and the budget {config.budget}: nothing is left out; take a longer --context")
     if n_steps < 4:
         raise ValueError(f"steps is {n_steps}; it must be at least 4")
-    n_threads = n_threads or psutil.cpu_count(logical=False) or 1
+    n_threads = n_threads or usable_cores()
     shared: dict[str, Any] = dict(n_ctx=n_context + 512, n_threads=n_threads, n_threads_batch=n_threads, n_batch=n_batch, verbose=False)
 
     first = next(iter(texts))

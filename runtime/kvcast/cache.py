@@ -17,6 +17,7 @@ import numpy as np
 
 from . import session_file
 from .errors import KvcastError, SessionError
+from .folders import cache_folder
 
 import llama_cpp  # isort: skip  (after kvcast's own, which say where the libraries are)
 
@@ -44,10 +45,8 @@ class Entry:
 
 
 def default_folder() -> Path:
-    """``$KVCAST_DOCUMENTS``, else ``kvcast/documents`` in the user's cache folder."""
-    if folder := os.environ.get("KVCAST_DOCUMENTS"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcast" / "documents"
+    """``$KVCAST_DOCUMENTS``, else ``documents`` in the user's cache folder for kvcast."""
+    return Path(os.environ.get("KVCAST_DOCUMENTS") or cache_folder() / "documents")
 
 
 class DocumentCache:

@@ -21,8 +21,10 @@ from predictor_onnx.cli import app as predictor_app
 
 from . import models, tools
 from .config import SparseConfig
+from .cores import usable_cores
 from .errors import GenerationError, KvcastError
 from .eval.cli import app as eval_app
+from .extras import install_line
 
 from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
 
@@ -76,7 +78,7 @@ def progress(title: str) -> Iterator:
 
 def fetched(name: str) -> Path:
     with progress(f"fetching {name}") as update:
-        return models.resolve(name, update)
+        return models.resolve(name, lambda n_bytes, n_all: update(n_bytes >> 20, n_all >> 20))  # MiB
 
 
 def read_text(path: Path) -> str:
@@ -175,7 +177,7 @@ def chat(
     if threads:
         more["n_threads"] = threads
     if config is None:
-        more.update(flash_attn=True, n_threads=threads or _all_cores())
+        more.update(flash_attn=True, n_threads=threads or usable_cores())
     with contextlib.closing(Llama(gguf, n_ctx=context, sparse=config, verbose=False, **more)) as llm:
         conversation = Conversation(llm, document)
         if session is not None and session.exists():
@@ -264,7 +266,7 @@ def serve(
         from .server.run import run
         from .server.settings import ModelSettings, ServerSettings, checked, read_config
     except ModuleNotFoundError as error:
-        raise KvcastError(f"the server needs {error.name}, which is not installed; pip install 'kvcast[serve]'") from error
+        raise KvcastError(f"the server needs {error.name}, which is not installed; {install_line('serve')}") from error
 
     of_model = (
         "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "path", "prefetch", "threads", "gpu_layers",
@@ -313,12 +315,6 @@ def _placement(gpu_layers: int, kv_type: str) -> dict[str, int]:
     return {"n_gpu_layers": gpu_layers, "type_k": KV_TYPES[kv_type], "type_v": KV_TYPES[kv_type]}
 
 
-def _all_cores() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or 1
-
-
 @app.command()
 def bench(
     model: ModelName = "smollm2",
@@ -350,7 +346,7 @@ def bench(
     texts = {path.stem: read_text(path) for path in text or [DEFAULT_TEXT]}
     file = fetched(model)
     if sweep:
-        _sweep(file, next(iter(texts.values())), config, context, steps, rounds, threads or _all_cores(), json_file)
+        _sweep(file, next(iter(texts.values())), config, context, steps, rounds, threads or usable_cores(), json_file)
         return
     with notes.status("bench") as status:
         report = run(

@@ -17,10 +17,10 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from . import native
 from .config import SparseConfig
+from .cores import usable_cores
 from .pool import Pool, plan_slots
 from .predictors import ALL
 from .selection import _select, list_all
@@ -28,7 +28,7 @@ from .session import Session
 from .sizes import STAGING_SHARE
 
 PREFER = np.float32(1.25)  # what a block in the pool counts more than one that has to be fetched
-N_HELPERS = max(1, min(4, (psutil.cpu_count(logical=False) or 1) // 2))  # threads that select beside a GPU: more wait for each other
+N_HELPERS = max(1, min(4, usable_cores() // 2))  # threads that select beside a GPU: more wait for each other
 PART_MIN = 1 << 14  # rows * blocks from which a share of that is worth a thread: more threads wait for each other
 STILL_BUSY = 200  # microseconds; when a step's results take longer to come, the device was computing all the time
 CAP = 8  # a layer's slots: at most so many times the mean

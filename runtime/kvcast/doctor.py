@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -12,8 +11,11 @@ from dataclasses import dataclass
 import psutil
 
 from . import __version__, models
+from .cores import usable_cores
 from .library import LIBRARY_DIR
 from .native import llama_cpp
+
+import llama_cpp as llama_cpp_package  # isort: skip
 
 GIB = 1 << 30
 KINDS = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}  # enum ggml_backend_dev_type
@@ -68,10 +70,7 @@ def examine() -> list[Finding]:
         Finding("kvcast", f"{__version__}, libraries in {LIBRARY_DIR}"),
         Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
-    wanted = "0.3.36"
-    version = importlib.metadata.version("llama-cpp-python")
-    todo = "" if version == wanted else f"kvcast is made for {wanted}: pip install llama-cpp-python=={wanted}"
-    findings.append(Finding("llama-cpp-python", version, todo))
+    findings.append(Finding("llama-cpp-python", f"{llama_cpp_package.__version__}, carried by kvcast"))
 
     all_devices = devices()
     for d in all_devices:
@@ -83,11 +82,11 @@ def examine() -> list[Finding]:
     memory = psutil.virtual_memory()
     todo = "" if memory.available > 2 * GIB else "close something: the KV cache lies in host memory"
     findings.append(Finding("host memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free", todo))
-    cores = psutil.cpu_count(logical=False)
-    findings.append(Finding("cores", f"{cores} physical, all of which are used unless n_threads is given"))
+    found = f"{usable_cores()} for kvcast of {psutil.cpu_count(logical=False)} physical, all of which are used unless n_threads is given"
+    findings.append(Finding("cores", found))
 
     if importlib.util.find_spec("onnxruntime") is None:
-        todo = "pip install onnxruntime (or kvcast[cpu]); until then the predictor is a plain average"
+        todo = "pip install onnxruntime; until then the predictor is a plain average"
         findings.append(Finding("ONNX Runtime", "not installed", todo))
     else:
         findings += _predictors()

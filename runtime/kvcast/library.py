@@ -1,34 +1,91 @@
-"""Points llama-cpp-python at kvcast's own libraries; must run before the first ``import llama_cpp``."""
+"""llama-cpp-python's Python part, which kvcast carries, on kvcast's own libraries.
+
+``import llama_cpp`` finds the carried package from the moment kvcast is imported, in this process only: an installed llama-cpp-python
+stays as it is, for other programs and for whoever does not import kvcast.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from .errors import KvcastError
 
 LIBRARY_DIR = Path(__file__).resolve().parent / "lib"
+CARRIED = Path(__file__).resolve().parent / "_vendor" / "llama_cpp"
+REINSTALL = "install kvcast again (pip install --force-reinstall, of the same file or folder)"
+
+# How long a thread that waits for the others keeps its core busy. Unbounded, as OpenMP runtimes have it, any other program on these cores
+# slows an answer a hundredfold. Read once, when the runtime is loaded: GNU's (in turns of a loop), LLVM's and Intel's (in milliseconds).
+WAITING = {"GOMP_SPINCOUNT": "300", "KMP_BLOCKTIME": "1"}
+SET_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
 
 
-def name_own_libraries() -> None:
-    """Say where kvcast's libllama is, to an ``import llama_cpp`` that is still to come."""
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARY_DIR)
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the carried ``llama_cpp``."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+        if name == "llama_cpp":
+            return importlib.util.spec_from_file_location(name, CARRIED / "__init__.py", submodule_search_locations=[str(CARRIED)])
+        if name == "llama_cpp.llama_cpp" and path is not None and str(CARRIED) in path:  # the module that loads the library
+            file = str(CARRIED / "llama_cpp.py")
+            return importlib.util.spec_from_file_location(name, file, loader=_Loader(name, file))
+        return None
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        with environment_of_libraries():
+            super().exec_module(module)
+
+
+@contextlib.contextmanager
+def environment_of_libraries() -> Iterator[None]:
+    """While kvcast's libraries are loaded: where they are, and how their threads wait. Children of this process inherit nothing of it."""
+    changes = {"LLAMA_CPP_LIB_PATH": str(LIBRARY_DIR)}
+    if not any(name in os.environ for name in SET_BY_USER):
+        changes |= WAITING
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def carry_llama_cpp() -> None:
+    """From now on ``import llama_cpp`` finds the carried package, unless another one was imported before."""
+    if "llama_cpp" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 def use_own_libraries() -> None:
-    """Make ``import llama_cpp`` load kvcast's libllama.
+    """Load kvcast's libllama, as ``llama_cpp``.
 
     Raises
     ------
     KvcastError
-        The libraries are missing, or llama_cpp was imported first with others.
+        The libraries are missing or cannot be loaded, or another llama_cpp was imported first.
     """
-    if not any(LIBRARY_DIR.glob("*llama.*")):
-        raise KvcastError(f"kvcast's libraries are missing in {LIBRARY_DIR}; reinstall with `pip install --force-reinstall kvcast`")
-    loaded = sys.modules.get("llama_cpp.llama_cpp")
-    if loaded is not None and Path(loaded._base_path).resolve() != LIBRARY_DIR.resolve():
+    if not any(LIBRARY_DIR.glob("*llama.*")) or not CARRIED.is_dir():
+        raise KvcastError(f"kvcast's libraries are missing in {LIBRARY_DIR}; {REINSTALL}")
+    loaded = sys.modules.get("llama_cpp")
+    if loaded is not None and Path(loaded.__file__ or "").resolve().parent != CARRIED:
         raise KvcastError("llama_cpp was imported before kvcast and loaded another libllama; import kvcast first")
-    name_own_libraries()
     if os.environ.get("MTMD_CPP_LIB"):
         raise KvcastError("MTMD_CPP_LIB names a multimodal library with a libllama of its own; unset it, kvcast runs text models only")
+    try:
+        import llama_cpp  # noqa: F401
+    except (OSError, RuntimeError) as error:
+        raise KvcastError(f"kvcast's libraries in {LIBRARY_DIR} cannot be loaded ({error}); {REINSTALL}") from error

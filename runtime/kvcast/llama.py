@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 
 from . import native, session_file, sizes
 from .config import SparseConfig
+from .cores import usable_cores
 from .device import DeviceSession
 from .errors import CallbackError, ContextFull, GenerationError, ModelError, SessionError
 from .header import Header, read_header
@@ -75,9 +76,8 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise TypeError(f"Llama has no argument {unknown[0]!r}" + (f"; did you mean {close!r}?" if close else ""))
         if sparse is not None:
             _refuse_contradictions(kwargs)
-            n_cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
             on_gpu = llama_cpp.llama_supports_gpu_offload() and kwargs.get("n_gpu_layers", 0)
-            kwargs = {"n_threads": STEP_THREADS if sparse.device and on_gpu else n_cores, **kwargs}
+            kwargs = {"n_threads": STEP_THREADS if sparse.device and on_gpu else usable_cores(), **kwargs}
             if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & kwargs.keys():
                 kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
             kwargs = {"swa_full": False, **kwargs, "offload_kqv": False, "flash_attn": True}

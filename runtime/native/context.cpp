@@ -19,7 +19,7 @@ kvcast_context::kvcast_context() = default;
 kvcast_context::~kvcast_context() = default;
 
 const char * kvcast_version(void) {
-    return "0.1.0";
+    return KVCAST_VERSION;
 }
 
 // ---- refusal

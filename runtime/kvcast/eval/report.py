@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ..extras import pyplot
+
 
 def origin(model: Path, **settings: Any) -> dict[str, Any]:
     """Model and its hash, version or commit of kvcast, machine, settings."""
@@ -135,7 +137,7 @@ def markdown(table: Sequence[Sequence[str]], title: str, notes: Sequence[str] = 
 
 def bars(results: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     """Scores by task, a bar for each selector."""
-    plt = _pyplot()
+    plt = pyplot()
     tasks = list(dict.fromkeys(r["task"] for r in results))
     selectors = list(dict.fromkeys(r["selector"] for r in results))
     fig, axes = plt.subplots(figsize=(max(7, 1.3 * len(tasks)), 4.5), layout="constrained")
@@ -151,7 +153,7 @@ def bars(results: Sequence[dict[str, Any]], out: Path, title: str) -> None:
 
 def curves(results: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     """Recovery, divergence and perplexity against the budget, a line for each selector."""
-    plt = _pyplot()
+    plt = pyplot()
     fig, panels = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for selector in dict.fromkeys(r["selector"] for r in results):
         rows = sorted((r for r in results if r["selector"] == selector), key=lambda r: r["budget"])
@@ -164,15 +166,6 @@ def curves(results: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     panels[2].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     fig.suptitle(title)
     _save(plt, fig, out)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _save(plt, fig, out: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..errors import KvcastError
+from ..extras import install_line
 
 FILLER = "The harbour lay quiet. A grey boat was tied to the pier. Nobody came down to the water. Later the wind turned."
 DEPTHS = [100 * i / 39 for i in range(40)]  # percent
@@ -112,7 +113,7 @@ def words(kind: str) -> list[str]:
     try:
         from wonderwords import RandomWord
     except ImportError:
-        raise KvcastError("the tasks need the package wonderwords; install kvcast[eval]") from None
+        raise KvcastError(f"the tasks need the package wonderwords; {install_line('eval')}") from None
     found = RandomWord().filter(include_categories=[kind], regex="[a-z]+")
     return sorted(set(found))
 

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import psutil
 from pydantic import Field, ValidationError, field_validator
 
 from ..config import SparseConfig
+from ..cores import usable_cores
 from ..errors import KvcastError
 
 from llama_cpp.server import settings as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
@@ -49,7 +49,7 @@ class ModelSettings(_FromFile, upstream.ModelSettings):
 
     sparse: SparseConfig | None = Field(default_factory=SparseConfig)
     n_ctx: int = Field(default=0, ge=0)
-    n_threads: int = Field(default_factory=lambda: psutil.cpu_count(logical=False) or 1, ge=1)
+    n_threads: int = Field(default_factory=usable_cores, ge=1)
     verbose: bool = False
 
     @field_validator("sparse", mode="before")
