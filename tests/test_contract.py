@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kvcast.library import CARRIED
 from kvcast import Llama, SparseConfig
+from kvcast.library import CARRIED
 from kvcast.native import Attached
 from lowlevel import Context
 
@@ -135,8 +135,7 @@ def test_contract_3_rows_of_the_store(model, dense, path):
 
 
 def test_contract_3_every_row_is_what_the_graph_computed(model, code):
-    from kvcast.library import CARRIED
-from kvcast import native
+    from kvcast import native
 
     seen = {}
     context = Context(model[1], 1024, flash_attn=True, names=("Kcur-", "Vcur-"), watch=lambda name, x: seen.__setitem__(name, x))
