@@ -68,8 +68,13 @@ def test_the_cache_follows_the_user(monkeypatch, tmp_path):
     assert folders.cache_folder() == tmp_path / "kvcast" and models.cache_dir() == tmp_path / "kvcast" / "models"
 
 
-def test_without_a_home(monkeypatch, tmp_path):
-    monkeypatch.setattr(folders.platformdirs, "user_cache_dir", lambda *_, **__: "~/.cache/kvcast")  # what comes without HOME and passwd
+def no_home(*_, **__):
+    raise RuntimeError("could not determine the home directory")
+
+
+@pytest.mark.parametrize("found", [no_home, lambda *_, **__: "~/.cache/kvcast"])
+def test_without_a_home(monkeypatch, tmp_path, found):
+    monkeypatch.setattr(folders.platformdirs, "user_cache_dir", found)  # of newer and of older versions
     monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = folders.cache_folder()
     assert folder.is_absolute() and folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0

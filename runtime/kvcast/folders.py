@@ -14,8 +14,16 @@ import platformdirs
 def cache_folder() -> Path:
     """The user's cache folder for kvcast: ``$XDG_CACHE_HOME/kvcast`` and its like; a private folder among the temporary files where there
     is no home, as in containers. It need not exist, nor be writable."""
-    path = Path(platformdirs.user_cache_dir("kvcast", appauthor=False))
-    return path if path.is_absolute() else _private_temporary()
+    return _of_user("kvcast") or _private_temporary()
+
+
+def _of_user(name: str) -> Path | None:
+    """The user's cache folder of a program; None without a home: platformdirs raises then, and older ones expand nothing."""
+    try:
+        path = Path(platformdirs.user_cache_dir(name, appauthor=False))
+    except RuntimeError:
+        return None
+    return path if path.is_absolute() else None
 
 
 def can_write(folder: Path) -> bool:
@@ -46,8 +54,8 @@ def keep_compiled_kernels() -> None:
     name it a folder that can."""
     if os.environ.get("NUMBA_CACHE_DIR") or can_write(Path(__file__).parent / "__pycache__"):
         return
-    users = Path(platformdirs.user_cache_dir("numba", appauthor=False))
-    if users.is_absolute() and can_write(users):
+    users = _of_user("numba")
+    if users is not None and can_write(users):
         return
     folder = cache_folder()
     if not can_write(folder):
