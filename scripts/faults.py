@@ -11,6 +11,8 @@ signals      KeyboardInterrupt at a random moment, out of a signal handler
 forks        another thread forks at a random moment; the child is refused, closes and ends
 exits        the interpreter ends at a random moment while a daemon thread generates
 two          two models generate in two threads at once, one of them interrupted
+prompts      while a prompt is read a callback raises, or an interrupt or a signal comes
+few_files, little_memory    the system has no more of them, at a random moment
 closes       another thread closes the model at a random moment of an answer
 """
 
@@ -23,15 +25,17 @@ import time
 from collections.abc import Callable
 
 from injection.callbacks import compiled_callbacks, network, python_callbacks
+from injection.limits import few_files, little_memory
 from injection.moments import closes, interrupts, signals, two
 from injection.prefetch import dying_prefetch, failing_prefetch, late_prefetch
 from injection.processes import exits, forks
+from injection.prompts import prompts
 
 LIMIT_S = 60  # for one fault
 
 KINDS = (
     python_callbacks, compiled_callbacks, network, late_prefetch, failing_prefetch, dying_prefetch, interrupts, signals, forks, exits,
-    two, closes,
+    two, closes, prompts, few_files, little_memory,
 )  # fmt: skip
 
 

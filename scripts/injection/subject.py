@@ -15,9 +15,10 @@ TEXT = "".join(f"Line {i}: {i} times two is {2 * i}.\n" for i in range(1, 20))  
 PATHS = ("host", "device")
 
 
-def load(path: str = "host", n_threads: int = 2) -> Llama:
+def load(path: str = "host", n_threads: int = 2, n_batch: int = 512) -> Llama:
     config = SparseConfig(budget=512, path=path, hold=1)
-    return Llama(models.resolve("smollm2"), n_ctx=512, sparse=config, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
+    threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    return Llama(models.resolve("smollm2"), n_ctx=512, n_batch=n_batch, sparse=config, **threads, verbose=False)
 
 
 class Subject:
