@@ -7,7 +7,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .config import SparseConfig
 from .cores import usable_cores
 from .device import DeviceSession
 from .errors import CallbackError, ContextFull, GenerationError, ModelError, SessionError
+from .grammar import GrammarError, check_grammar, grammar_of_schema
 from .header import Header, read_header
 from .lifetime import Closed, Lifetime, inside
 from .predictors import LOOK_AHEAD
@@ -212,7 +213,50 @@ class Llama(Lifetime, llama_cpp.Llama):
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         return self._in_turns(super()._create_completion(*args, **kwargs))  # type: ignore[arg-type]  # a generator
 
-    sample = inside(llama_cpp.Llama.sample)
+    @inside
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As in llama-cpp-python.
+
+        Raises
+        ------
+        GenerationError
+            The grammar allows none of the model's tokens, or too many continuations at once.
+        """
+        token = super().sample(*args, **kwargs)
+        if error := native.kvcast_grammar_error():
+            raise GenerationError(
+                f"the grammar cannot go on here ({error.decode(errors='replace')[:200]}); ask again, or change the grammar"
+            )
+        return token
+
+    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+        """Every grammar comes through here; see ``grammar.check_grammar``."""
+        if grammar is not None:
+            self.check_grammar(grammar)
+        return super()._init_sampler(*args, grammar=grammar, **kwargs)
+
+    def check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
+        """Whether answers can be held to a grammar.
+
+        Raises
+        ------
+        GrammarError
+            llama.cpp does not take it, or it would need too much time or memory.
+        """
+        check_grammar(grammar._grammar, grammar._root, self.n_vocab())
+        with native.quiet():
+            sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
+        reason = native.kvcast_grammar_error().decode(errors="replace")
+        if not sampler:
+            raise GrammarError(f"llama.cpp cannot read the grammar{f' ({reason})' if reason else ''}; correct it (GBNF, with a rule root)")
+        llama_cpp.llama_sampler_free(sampler)
+
+    @functools.wraps(llama_cpp.Llama.create_chat_completion)
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        for schema in _schemas(kwargs):  # the chat formats would fall back to any JSON without a word
+            grammar_of_schema(schema)
+        return super().create_chat_completion(*args, **kwargs)
+
     tokenize = inside(llama_cpp.Llama.tokenize)
     detokenize = inside(llama_cpp.Llama.detokenize)
     embed = inside(llama_cpp.Llama.embed)
@@ -554,6 +598,16 @@ class Llama(Lifetime, llama_cpp.Llama):
                 return 1
 
         attached.set_attention_callback(call)
+
+
+def _schemas(kwargs: dict[str, Any]) -> Iterator[Any]:
+    """JSON schemas that an answer is to follow, of the arguments of ``create_chat_completion``."""
+    form = kwargs.get("response_format") or {}
+    if form.get("type") == "json_object" and "schema" in form:
+        yield form["schema"]
+    if isinstance(kwargs.get("tool_choice") or kwargs.get("function_call"), dict):
+        functions = [tool.get("function") or {} for tool in kwargs.get("tools") or []] + list(kwargs.get("functions") or [])
+        yield from (function["parameters"] for function in functions if "parameters" in function)
 
 
 def _refuse_contradictions(kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 #include "context.h"
+#include "kvcast-grammar.h"
 #include "kvcast-graph.h"
 #include "pool.h"
 #include "stream.h"
@@ -17,6 +18,14 @@ static constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
 
 kvcast_context::kvcast_context() = default;
 kvcast_context::~kvcast_context() = default;
+
+static thread_local std::string grammar_error, grammar_error_asked;
+void kvcast_grammar_failed(const char * what) { grammar_error = what; }
+const char * kvcast_grammar_error(void) {
+    grammar_error_asked.swap(grammar_error);
+    grammar_error.clear();
+    return grammar_error_asked.c_str();
+}
 
 const char * kvcast_version(void) {
     return KVCAST_VERSION;

@@ -102,6 +102,10 @@ LLAMA_API void kvcast_invalidate(struct kvcast_context * kv, int32_t first_cell)
 // Makes the running or the next llama_decode() stop between two nodes and return 2. Safe from any thread.
 LLAMA_API void kvcast_abort(struct kvcast_context * kv);
 LLAMA_API void kvcast_clear_abort(struct kvcast_context * kv);
+// Why a grammar failed in the last calls of this thread that made, applied or advanced one, "" otherwise; asking forgets it. The sampler
+// allows any token afterwards: the caller ends the text.
+LLAMA_API const char * kvcast_grammar_error(void);
+
 // The reason of the last llama_decode() that returned 2 on our account, "" otherwise.
 LLAMA_API const char * kvcast_last_error(const struct kvcast_context * kv);
 

@@ -16,8 +16,6 @@ from ..errors import GenerationError, KvcastError
 from ..llama import Llama
 from .live import Live
 
-import llama_cpp  # isort: skip
-
 log = logging.getLogger("kvcast.server")
 
 
@@ -92,17 +90,10 @@ class ServedLlama(Llama):
         if (grammar := kwargs.get("grammar")) is not None:
             if kwargs.get("logits_processor"):  # no token is left where the grammar ends: llama.cpp would end the process
                 raise ValueError("min_tokens does not go with a grammar, a response_format or a tool that is called; leave it out")
-            self._check_grammar(grammar)
+            self.check_grammar(grammar)
         if isinstance(prompt, list) and self._turn is not None and self._turn.messages and len(prompt) < self.n_ctx():
             self._open_document(prompt, self._turn.messages)
         return super().create_completion(prompt, *args, **kwargs)
-
-    def _check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
-        """llama-cpp-python 0.3.36 does not look whether llama.cpp took it, and crashes at the first token."""
-        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
-        if not sampler:
-            raise ValueError("the grammar cannot be parsed; correct it (GBNF, with a rule root)")
-        llama_cpp.llama_sampler_free(sampler)
 
     def _open_document(self, prompt: list[int], messages: list[dict[str, Any]]) -> None:
         first, *others = messages
