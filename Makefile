@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan test-convert soak kills faults fuzz sanitize lint docs bench patches reference clean
+.PHONY: demo test test-vulkan test-convert soak kills faults fuzz attack sanitize lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -52,6 +52,10 @@ kills: $(VENV)/.installed
 # odd input, 100,000 cases: minutes
 fuzz: $(VENV)/.installed
 	$(BIN)/python scripts/fuzz.py
+
+# a server under attack, and what one client notices of it: minutes
+attack: $(VENV)/.installed
+	$(BIN)/python scripts/attack.py
 
 # Our C++ with gcc's sanitizers. Address and undefined behaviour: in Python, through tests of the native paths. Threads: a program of
 # its own, with ggml under the sanitizer too, since it is ggml's threads that our nodes run on.
