@@ -10,7 +10,7 @@ SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* run
 put_python = find $(1)/kvcast -mindepth 1 -maxdepth 1 ! -name lib ! -name _vendor -exec rm -rf {} + && \
     tar -C runtime --exclude=kvcast/lib --exclude=kvcast/_vendor -cf - kvcast | tar -C $(1) -xf - && cp -r predictor_onnx $(1)/
 
-.PHONY: demo test test-installers test-vulkan test-convert wheel soak kills faults fuzz sanitize lint docs bench patches reference constraints clean
+.PHONY: demo test test-installers test-vulkan test-convert wheel soak kills faults fuzz attack sanitize lint docs bench patches reference constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -80,6 +80,10 @@ kills: $(VENV)/.installed
 # odd input, 100,000 cases: minutes
 fuzz: $(VENV)/.installed
 	$(BIN)/python scripts/fuzz.py
+
+# a server under attack, and what one client notices of it: minutes
+attack: $(VENV)/.installed
+	$(BIN)/python scripts/attack.py
 
 # Our C++ with gcc's sanitizers. Address and undefined behaviour: in Python, through tests of the native paths. Threads: a program of
 # its own, with ggml under the sanitizer too, since it is ggml's threads that our nodes run on.

@@ -27,7 +27,7 @@ class Served:
 def serve(models: list[ModelSettings], documents: DocumentCache | None = None, **options):
     settings = ServerSettings(port=0, **options)
     with listen(settings) as listening:
-        desk = Desk(Proxy(models, documents))
+        desk = Desk(Proxy(models, documents), bounds=settings.bounds)
         server = make_server(settings, desk)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -16,9 +16,9 @@ import urllib.request
 import pytest
 from openai import APIError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError
 
-from kvcast import SparseConfig
+from kvcast import KvcastError, SparseConfig
 from kvcast.cache import DocumentCache
-from kvcast.server.settings import ModelSettings
+from kvcast.server.settings import ConfigFile, ModelSettings, ServerSettings, checked, short_name
 from served import serve
 from test_errors import command, one_sentence
 
@@ -327,6 +327,10 @@ def test_configuration(tmp_path, smollm2):
         ("c.json", '{"models": [{"model": "smollm2", "clip_model_path": "x"}]}', ["clip_model_path", "text models only"]),
         ("e.json", '{"models": [{"model": "smollm2"}, {"model": "smollm2"}]}', ["smollm2", "model_alias"]),
         ("d.json", "{", ["neither JSON nor YAML"]),
+        ("f.yaml", "api_key:\nmodels: [{model: smollm2}]", ["api_key is empty"]),
+        ("g.yaml", "models: [{model: smollm2, cache_type: disk}]", ["cache_type", "use ram"]),
+        ("h.yaml", "bounds: {body_byte: 5}\nmodels: [{model: smollm2}]", ["bounds.body_byte", "did you mean 'body_bytes'"]),
+        ("i.yaml", "bounds: {queue: -1}\nmodels: [{model: smollm2}]", ["bounds.queue is -1"]),
     ):
         (tmp_path / name).write_text(text)
         one_sentence(command("serve", "--config", tmp_path / name), *words)
@@ -335,6 +339,26 @@ def test_configuration(tmp_path, smollm2):
     one_sentence(command("serve", "nowhere.gguf"), "nowhere.gguf")
     one_sentence(command("serve", smollm2, "--kv-type", "f8"), "f8", "q8_0")
     one_sentence(command("serve", "--config", tmp_path / "b.json", "--budget", "512"), "--config", "budget")
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t", "a\nb", " a", "a ", "a\x00"])
+def test_a_key_that_is_none_is_refused(key, tmp_path):
+    for settings in ({"api_key": key}, {"api_key": key, "models": [{"model": "smollm2"}]}):
+        with pytest.raises(KvcastError, match=r"api_key (is empty|has white space)") as caught:
+            checked(ConfigFile if "models" in settings else ServerSettings, settings, "here")
+        assert key.strip() == "" or repr(key) not in str(caught.value)  # it may be right but for a slip
+
+
+def test_an_empty_key_on_the_command_line():
+    one_sentence(command("serve", "--api-key", ""), "api_key is empty")
+    one_sentence(command("serve", KVCAST_API_KEY=""), "api_key is empty")
+    one_sentence(command("serve", "--api-key", "", KVCAST_API_KEY="right"), "api_key is empty")
+
+
+def test_names_of_models():
+    assert [short_name(name) for name in ("smollm2", "/models/my.gguf", "my.q4.gguf")] == ["smollm2", "my", "my.q4"]
+    with pytest.raises(KvcastError, match="two models are called 'my'"):
+        checked(ConfigFile, {"models": [{"model": "/a/my.gguf"}, {"model": "/b/my.gguf"}]}, "here")
 
 
 def test_without_the_packages_of_the_server():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ def chat(
     from .cache import DocumentCache
     from .chat import Conversation
     from .llama import Llama
-    from .support import sparse_if_tested
+    from .support import notes_on, sparse_if_tested
 
     sparse = _config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested)
     document = "\n\n".join(read_text(path) for path in file or [])
@@ -179,6 +180,8 @@ def chat(
     if config is None:
         more.update(flash_attn=True, n_threads=threads or usable_cores())
     with contextlib.closing(Llama(gguf, n_ctx=context, sparse=config, verbose=False, **more)) as llm:
+        for note in notes_on(llm, context, more):
+            _say(note)
         conversation = Conversation(llm, document)
         if session is not None and session.exists():
             conversation.resume(session)
@@ -287,6 +290,8 @@ def serve(
         values = {"model": name, "model_alias": alias, "n_ctx": n_ctx, "sparse": None if dense else sparse, **more}
         server, found = ServerSettings(), [checked(ModelSettings, values, "kvcast serve")]
     options = {"host": host, "port": port, "api_key": api_key, "allow_origins": allow_origin, "allow_hosts": allow_host}
+    if api_key is None:  # click takes an empty variable for none
+        options["api_key"] = os.environ.get("KVCAST_API_KEY")
     values = {name: value for name, value in options.items() if value is not None}
     if not cache:
         values["keep_documents"] = False

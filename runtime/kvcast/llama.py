@@ -23,14 +23,17 @@ from .errors import CallbackError, ContextFull, GenerationError, ModelError, Ses
 from .grammar import GrammarError, check_grammar, grammar_of_schema
 from .header import Header, read_header
 from .lifetime import Closed, Lifetime, inside
+from .messages import for_template
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
 from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
+from .tool_calls import OWN_WAYS, take_choice
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
+_CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 GIB = 1 << 30
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 N_RETAKEN = 64  # last tokens of the store, run once more for their scores
@@ -259,7 +262,66 @@ class Llama(Lifetime, llama_cpp.Llama):
 
     tokenize = inside(llama_cpp.Llama.tokenize)
     detokenize = inside(llama_cpp.Llama.detokenize)
-    embed = inside(llama_cpp.Llama.embed)
+
+    def create_chat_completion(self, messages: list[Any], *args: Any, parallel_tool_calls: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in llama-cpp-python, with what OpenAI's clients send beyond it: messages whose content is null, parts of text, the role
+        ``developer``, a ``response_format`` with a ``json_schema``, ``logprobs`` without ``top_logprobs``, ``tool_choice`` "required" and
+        "none". Calls of tools come as ``tool_calls`` also where the model chose to call; see tool_calls.py for the ways it may write them.
+
+        Raises
+        ------
+        ValueError
+            A tool is to be called that is not there, or beside a grammar or a format; the messages do not fit the template.
+        """
+        given = _CHAT.bind(self, messages, *args, **kwargs).arguments
+        given.pop("self")
+        given["messages"] = for_template(messages)
+        form = given.get("response_format") or {}
+        if form.get("type") == "json_schema":
+            schema = (form.get("json_schema") or {}).get("schema")
+            given["response_format"] = {"type": "json_object", **({} if schema is None else {"schema": schema})}
+        if given.get("logprobs") and given.get("top_logprobs") is None:
+            given["top_logprobs"] = 0
+        if self.chat_format in OWN_WAYS:
+            return super().create_chat_completion(**given)
+        choice = take_choice(given, parallel_tool_calls)
+        answer: Any = super().create_chat_completion(**given)
+        if choice is None:
+            return answer
+        return choice.chunks(answer) if given.get("stream") else choice.message(answer)
+
+    @inside
+    def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = True, return_count: bool = False) -> Any:
+        """As in llama-cpp-python, which writes beside its memory for a text without tokens, and mixes up texts where tokens are not pooled.
+
+        Raises
+        ------
+        ValueError
+            There is no text, or one without tokens or with more than a batch holds.
+        """
+        if not self.context_params.embeddings:
+            raise RuntimeError("this model was loaded without embeddings; load it with embedding=True")
+        texts = [input] if isinstance(input, str) else list(input)
+        if not texts:
+            raise ValueError("there is no text to embed; give at least one")
+        # a batch of tokens that all see one another is computed at once, or llama.cpp ends the process
+        n_most = self.n_batch if llama_cpp.llama_get_causal_attn(self.ctx) else self.context_params.n_ubatch
+        for i, text in enumerate(texts):
+            n, which = len(self.tokenize(text.encode("utf-8"))), f"text {i}" if len(texts) > 1 else "the text"
+            if n == 0:
+                raise ValueError(f"{which} is empty; there is nothing to embed")
+            if n > n_most and not (truncate and n_most == self.n_batch):
+                raise ValueError(
+                    f"{which} has {n:,} tokens and {n_most:,} can be embedded; shorten it, or use a larger n_batch and n_ubatch"
+                )
+        together = self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE and n_most == self.n_batch
+        vectors, n_tokens = [], 0
+        for some in [texts] if together else [[text] for text in texts]:
+            more, n = super().embed(some, normalize, truncate, return_count=True)  # type: ignore[misc]  # a pair
+            vectors += more
+            n_tokens += n
+        found = vectors[0] if isinstance(input, str) else vectors
+        return (found, n_tokens) if return_count else found
 
     @inside
     def dense_eval(self, token: int) -> None:

@@ -25,16 +25,16 @@ COMMON: dict[str, Any] = {
     "model": "tiny", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["x", "y"], "stream": True,
     "seed": 1, "logit_bias": {"5": 1.0}, "logit_bias_type": "input_ids", "presence_penalty": 0.5, "frequency_penalty": 0.5,
     "repeat_penalty": 1.1, "mirostat_mode": 1, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "min_tokens": 2, "n": 1, "user": "me",
-    "grammar": 'root ::= "a" | [b-c]+',
+    "grammar": 'root ::= "a" | [b-c]+', "stream_options": {"include_usage": True}, "store": None,
 }  # fmt: skip
 CHAT: dict[str, Any] = {
     **COMMON, "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": {"type": "function", "function": {"name": "f"}},
     "functions": [FUNCTION], "function_call": {"name": "f"}, "logprobs": True, "top_logprobs": 2,
-    "response_format": {"type": "json_object", "schema": FUNCTION["parameters"]},
+    "response_format": {"type": "json_object", "schema": FUNCTION["parameters"]}, "max_completion_tokens": 3, "parallel_tool_calls": False,
 }  # fmt: skip
-COMPLETION: dict[str, Any] = {**COMMON, "suffix": "z", "echo": True, "logprobs": 2, "best_of": 1}
+COMPLETION: dict[str, Any] = {**COMMON, "suffix": "z", "echo": True, "logprobs": 2, "best_of": 1, "prompt": [1, 2, 77]}
 MESSAGES = [
-    {"role": "system", "content": "Answer from this document.\n\nAbc."},
+    {"role": "developer", "content": "Answer from this document.\n\nAbc."},
     {"role": "user", "content": [{"type": "text", "text": "What is it?"}]},
     {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
     {"role": "tool", "content": "1", "tool_call_id": "1"},
@@ -43,7 +43,10 @@ MESSAGES = [
 BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is needed, and what may be added
     "/v1/chat/completions": ({"messages": MESSAGES}, CHAT),
     "/v1/completions": ({"prompt": "Once"}, COMPLETION),
-    "/v1/embeddings": ({"input": "Once"}, {"model": "tiny", "user": "me"}),
+    "/v1/embeddings": (
+        {"input": "Once"},
+        {"model": "tiny", "user": "me", "input": ["Once", ""], "encoding_format": "base64", "dimensions": 64},
+    ),
     "/extras/tokenize": ({"input": "Once"}, {"model": "tiny"}),
     "/extras/tokenize/count": ({"input": "Once"}, {"model": "tiny"}),
     "/extras/detokenize": ({"tokens": [1, 2, 77]}, {"model": "tiny"}),
@@ -57,6 +60,8 @@ ROUTES = (
     "/v1/kv/stream",
     "/openapi.json",
     "/v1/models/",
+    "/v1/models/tiny",
+    "/health",
     "/../etc/passwd",
     "//",
     "/é",
@@ -100,6 +105,9 @@ class Server:
             body.setdefault("max_tokens", 4)
         for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
             body = mutate.value(rng, body)
+        if isinstance(body, dict) and rng.random() < 0.1:
+            body["tool_choice"] = rng.choice(("auto", "none", "required", None, {"type": "function", "function": {"name": "f"}}))
+            body["response_format"] = rng.choice((None, {"type": "json_schema", "json_schema": {"schema": FUNCTION["parameters"]}}))
         data = json.dumps(body, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
         if rng.random() < 0.1:
             data = mutate.some_bytes(rng, data)
@@ -113,7 +121,7 @@ class Server:
             return "left"
         assert status < 500, f"status {status}: {body[:200].decode(errors='replace')}"
         if kind.startswith("text/event-stream"):
-            events = [line.removeprefix("data: ") for line in body.decode().splitlines() if line]
+            events = [line.removeprefix("data: ") for line in body.decode().splitlines() if line.startswith("data: ")]
             assert events[-1] == "[DONE]", "a stream without an end"
             for event in map(json.loads, events[:-1]):
                 assert event.get("error", {}).get("type") != "server_error", event

@@ -1,7 +1,8 @@
-"""The routes, and running them.
+"""The routes.
 
-Request types and the resources of a request are llama-cpp-python's. The routes are our own: theirs begin a stream before they know
-whether there is an answer, see that a client is gone only between two chunks, and load models where nothing else can run meanwhile.
+The resources of a request are llama-cpp-python's. The routes are our own: theirs begin a stream before they know whether there is an
+answer, see that a client is gone only between two chunks, read any body before they look at the key, and load models where nothing else
+can run meanwhile.
 """
 
 from __future__ import annotations
@@ -17,26 +18,20 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from .. import __version__
-from .desk import Answer, Desk
+from ..messages import for_template
+from .bounds import Bodies, busy
+from .desk import NOTHING_YET, Answer, Desk, Stopped
 from .errors import ApiError, add_handlers, error_body
 from .guard import Guard
+from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import ServedLlama
 from .settings import ServerSettings
 
-from llama_cpp.server.types import (  # isort: skip  (after kvcast's own, which say where the libraries are)
-    CreateChatCompletionRequest,
-    CreateCompletionRequest,
-    CreateEmbeddingRequest,
-    DetokenizeInputRequest,
-    DetokenizeInputResponse,
-    TokenizeInputCountResponse,
-    TokenizeInputRequest,
-    TokenizeInputResponse,
-)
+from llama_cpp.server.app import prepare_request_resources  # isort: skip  (after kvcast's own, which say where the libraries are)
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -46,14 +41,14 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-IGNORED = {"n", "best_of", "logit_bias_type", "user", "min_tokens"}
-LOOK_S, BEAT_S = 0.25, 5.0  # how often the stream looks for news; longest silence
+LOOK_S, BEAT_S = 0.25, 5.0  # how often the stream of the map looks for news; longest silence of any stream
 EVENTS = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
+PING = ": ping\n\n"  # a comment
 
 
 def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
     """The application: API, page, map."""
-    guard = Middleware(Guard, hosts=settings.allow_hosts, origins=settings.allow_origins)
+    guard = Middleware(Guard, hosts=settings.allow_hosts, origins=settings.allow_origins, bounds=settings.bounds)
     cors = Middleware(CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"])
     app = FastAPI(
         title="kvcast",
@@ -65,110 +60,132 @@ def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
         middleware=[guard, cors] if settings.allow_origins else [guard],
     )
     add_handlers(app)
-    bearer = HTTPBearer(auto_error=False)
 
-    async def authenticate(given: HTTPAuthorizationCredentials | None = Depends(bearer)) -> None:  # noqa: B008 - FastAPI's way
-        key = settings.api_key
-        if key is not None and not hmac.compare_digest(key.encode(), given.credentials.encode() if given else b""):
-            message = "the API key is wrong" if given else "this server wants an API key"
+    async def authenticate(request: Request) -> None:
+        if settings.api_key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # bytes, as they came: clients write what is not ASCII as UTF-8 or as Latin-1
+        sent = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        right = [hmac.compare_digest(sent, settings.api_key.encode(code, "replace")) for code in ("utf-8", "latin-1")]
+        if not any(right):
+            message = "the API key is wrong" if sent else "this server wants an API key"
             raise ApiError(401, f"{message}; send the one that the server was started with", code="invalid_api_key")
 
     allowed = {"dependencies": [Depends(authenticate)]}
-    _add_completions(app, desk, allowed)
-    _add_live(app, desk, allowed)
+    _add_completions(app, desk, settings, allowed)
+    _add_live(app, desk, settings, allowed)
     _add_page(app)
     return app
 
 
-def _add_completions(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
-    async def respond(request: Request, body: Any, call: Callable[..., Any]) -> Response:
-        if body.n not in (None, 1):
-            raise ApiError(400, f"n is {body.n}; a request has one answer", param="n")
-        answer = desk.answer(request, body, call, IGNORED)
+def _add_completions(app: FastAPI, desk: Desk, settings: ServerSettings, allowed: dict[str, Any]) -> None:
+    bodies = Bodies(settings.bounds)
+    kinds: list[type[BaseModel]] = [ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest]
+    of = {kind: bodies.of(kind) for kind in kinds}
+
+    async def complete_with(request: Request, body: Any, call: Callable[..., Any], messages: list[Any] | None = None) -> Response:
+        arguments = body.arguments()
+
+        def work(llm: ServedLlama, answer: Answer) -> Any:
+            more: dict[str, Any] = {"model": llm.name}
+            prepare_request_resources(body, desk.proxy, body.model, more)
+            done = call(llm, **{**arguments, **more})
+            return done if body.stream else done and {**done, "usage": answer.usage()}
+
+        answer = desk.answer(request, body.model, work, messages)
+        if not body.stream:
+            return JSONResponse(await answer.whole())
         first = await answer.first()
-        if first is None:
-            raise ApiError(503, "the answer was stopped before its first token; ask again", code="stopped")
-        return StreamingResponse(_events(answer, first), **EVENTS) if body.stream else JSONResponse(first)
+        usage = bool(body.stream_options.include_usage)
+        return StreamingResponse(_events(answer, first, not settings.disable_ping_events, usage), **EVENTS)
+
+    async def done_with(request: Request, body: Any, work: Callable[[ServedLlama], Any]) -> Any:
+        return await desk.answer(request, body.model, lambda llm, _: work(llm)).whole()
 
     @app.post("/v1/chat/completions", **allowed)
-    async def chat(request: Request, body: CreateChatCompletionRequest) -> Response:
-        if not body.messages:
-            raise ApiError(400, "messages is empty; send at least one", param="messages")
-        for message in body.messages:
-            _only_text(message)
-        return await respond(request, body, ServedLlama.create_chat_completion)
+    async def chat(request: Request, body: Any = of[ChatRequest]) -> Response:
+        messages = for_template([message.model_dump(exclude_none=True) for message in body.messages])
+        return await complete_with(request, body, ServedLlama.create_chat_completion, messages)
 
     @app.post("/v1/completions", **allowed)
-    async def complete(request: Request, body: CreateCompletionRequest) -> Response:
-        if isinstance(body.prompt, list):
-            if len(body.prompt) != 1:
-                raise ApiError(400, f"prompt is a list of {len(body.prompt)}; send one prompt a request", param="prompt")
-            body.prompt = body.prompt[0]
-        if not body.prompt:
-            raise ApiError(400, "prompt is empty; send some text", param="prompt")
-        return await respond(request, body, ServedLlama.create_completion)
+    async def complete(request: Request, body: Any = of[CompletionRequest]) -> Response:
+        return await complete_with(request, body, ServedLlama.create_completion)
 
     @app.post("/v1/embeddings", **allowed)
-    async def embed(body: CreateEmbeddingRequest) -> dict[str, Any]:
-        async with desk.model() as proxy:
-            llm = await run_in_threadpool(proxy, body.model)
-            if not llm.context_params.embeddings:
-                raise ApiError(400, "this model has no embeddings; configure one with embedding true and sparse null", param="model")
-            return await run_in_threadpool(llm.create_embedding, body.input)
+    async def embed(request: Request, body: Any = of[EmbeddingRequest]) -> dict[str, Any]:
+        return await done_with(request, body, lambda llm: llm.embeddings(body.input, body.dimensions, body.encoding_format == "base64"))
 
-    async def tokens_of(body: TokenizeInputRequest) -> list[int]:
-        async with desk.model() as proxy:
-            llm = await run_in_threadpool(proxy, body.model)
-            return llm.tokenize(body.input.encode("utf-8"), special=True)
+    def tokens_of(body: TokenizeRequest) -> Callable[[ServedLlama], list[int]]:
+        return lambda llm: llm.tokenize(body.input.encode("utf-8"), special=True)
 
     @app.post("/extras/tokenize", **allowed)
-    async def tokenize(body: TokenizeInputRequest) -> TokenizeInputResponse:
-        return TokenizeInputResponse(tokens=await tokens_of(body))
+    async def tokenize(request: Request, body: Any = of[TokenizeRequest]) -> dict[str, list[int]]:
+        return {"tokens": await done_with(request, body, tokens_of(body))}
 
     @app.post("/extras/tokenize/count", **allowed)
-    async def count_tokens(body: TokenizeInputRequest) -> TokenizeInputCountResponse:
-        return TokenizeInputCountResponse(count=len(await tokens_of(body)))
+    async def count_tokens(request: Request, body: Any = of[TokenizeRequest]) -> dict[str, int]:
+        return {"count": len(await done_with(request, body, tokens_of(body)))}
 
     @app.post("/extras/detokenize", **allowed)
-    async def detokenize(body: DetokenizeInputRequest) -> DetokenizeInputResponse:
-        async with desk.model() as proxy:
-            llm = await run_in_threadpool(proxy, body.model)
-            if wrong := [token for token in body.tokens if not 0 <= token < llm.n_vocab()]:  # llama.cpp would end the process
-                raise ApiError(400, f"there is no token {wrong[0]}; the model has 0 to {llm.n_vocab() - 1}", param="tokens")
-            return DetokenizeInputResponse(text=llm.detokenize(body.tokens).decode("utf-8", errors="replace"))
+    async def detokenize(request: Request, body: Any = of[DetokenizeRequest]) -> dict[str, str]:
+        return {"text": await done_with(request, body, lambda llm: llm.text_of(body.tokens))}
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "kvcast"}
 
     @app.get("/v1/models", **allowed)
     async def list_models() -> dict[str, Any]:
-        found = [{"id": name, "object": "model", "created": 0, "owned_by": "kvcast"} for name in desk.proxy]
-        return {"object": "list", "data": found}
+        return {"object": "list", "data": [described(name) for name in desk.proxy]}
+
+    @app.get("/v1/models/{name:path}", **allowed)
+    async def find_model(name: str) -> dict[str, Any]:
+        if name not in list(desk.proxy):
+            raise ApiError(404, f"there is no model {name!r}; GET /v1/models lists them", code="model_not_found")
+        return described(name)
+
+    @app.get("/health")
+    async def health() -> Response:
+        state = desk.proxy.state
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
 
-def _only_text(message: Any) -> None:
-    """A content in parts becomes their text."""
-    parts = message.get("content")
-    if parts is None or isinstance(parts, str):
-        return
-    parts = list(parts)
-    if any(part["type"] != "text" for part in parts):
-        raise ApiError(400, "kvcast runs text models only; send messages of text", param="messages")
-    message["content"] = "\n".join(part["text"] for part in parts)
-
-
-async def _events(answer: Answer, first: Any) -> AsyncIterator[str]:
-    yield _event(first)
-    async for item in answer.rest():
-        yield _event(error_body(item)[1] if isinstance(item, BaseException) else item)
+async def _events(answer: Answer, first: Any, pings: bool, with_usage: bool) -> AsyncIterator[str]:
+    last: dict[str, Any] | None = None
+    async for item in answer.chunks(first, BEAT_S):
+        if item is NOTHING_YET:
+            if pings:
+                yield PING
+            continue
+        if isinstance(item, Stopped) and item.by_request and last is not None:
+            item = _cut_off(last)
+        if isinstance(item, BaseException):
+            yield _event(error_body(item)[1])
+            break
+        last = {**item, "usage": None} if with_usage else item
+        yield _event(last)
+    if with_usage and last is not None:
+        yield _event({**last, "choices": [], "usage": answer.usage()})
     yield "data: [DONE]\n\n"
+
+
+def _cut_off(chunk: dict[str, Any]) -> dict[str, Any]:
+    """The last chunk of an answer that ends here, as one does whose tokens are used up."""
+    (choice,) = chunk["choices"]
+    nothing = {"text": ""} if "text" in choice else {"delta": {}}
+    return {**chunk, "choices": [{"index": 0, **nothing, "logprobs": None, "finish_reason": "length"}]}
 
 
 def _event(value: Any) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def _add_live(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
+def _add_live(app: FastAPI, desk: Desk, settings: ServerSettings, allowed: dict[str, Any]) -> None:
+    n_streams = 0
+
     def snapshot() -> dict[str, Any]:
         llm = desk.proxy.current
-        return {"state": "loading"} if llm is None else llm.live.snapshot()
+        return {"state": desk.proxy.state} if llm is None else llm.live.snapshot()
 
     @app.get("/v1/kv", **allowed)
     async def kv() -> dict[str, Any]:
@@ -177,16 +194,23 @@ def _add_live(app: FastAPI, desk: Desk, allowed: dict[str, Any]) -> None:
     @app.get("/v1/kv/stream", **allowed)
     async def kv_stream() -> Response:
         async def news() -> AsyncIterator[str]:
-            sent, silent = None, 0.0
-            while not desk.closing:
-                llm = desk.proxy.current
-                version = (id(llm), llm.live.version) if llm else None
-                if sent is None or version != sent or silent >= BEAT_S:
-                    sent, silent = version, 0.0
-                    yield _event(await run_in_threadpool(snapshot))
-                await asyncio.sleep(LOOK_S)
-                silent += LOOK_S
+            nonlocal n_streams
+            n_streams += 1
+            try:
+                sent, silent = None, 0.0
+                while not desk.closing:
+                    llm = desk.proxy.current
+                    version = (id(llm), llm.live.version) if llm else desk.proxy.state
+                    if version != sent or silent >= BEAT_S:
+                        sent, silent = version, 0.0
+                        yield _event(await run_in_threadpool(snapshot))
+                    await asyncio.sleep(LOOK_S)
+                    silent += LOOK_S
+            finally:
+                n_streams -= 1
 
+        if n_streams >= settings.bounds.streams:
+            raise busy(f"{n_streams} streams of the map are open")
         return StreamingResponse(news(), **EVENTS)
 
     def text_of(block: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -11,20 +12,24 @@ from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
-from ..errors import ContextFull, KvcastError
+from ..errors import ContextFull, GenerationError, KvcastError
 
+log = logging.getLogger("kvcast.server")
 REQUEST, SERVER = "invalid_request_error", "server_error"
 TOO_LONG = "context_length_exceeded"
 OF_THE_REQUEST = (ValueError, TemplateError, KeyError, TypeError, IndexError)  # what llama-cpp-python raises on odd requests
+_OF_PYDANTIC = re.compile(r"(body|query|str|.*\[.*|[A-Z].*)$")  # parts of a place that are no names of ours: where it came from, types
 _TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
 
 class ApiError(Exception):
-    """What a client did wrong; ``message`` is one sentence for people."""
+    """What a client is told instead of an answer; ``message`` is one sentence for people."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+    ):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers
 
 
 def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
@@ -40,32 +45,32 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, message = 400, "the request holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; send whole ones"
     elif isinstance(error, ContextFull):
         status, message, code = 400, str(error), TOO_LONG
-    elif isinstance(error, KvcastError):
+    elif isinstance(error, GenerationError):
         status, message = 500, str(error)
-    else:
-        status, message = 500, f"the server failed: {type(error).__name__}: {error}"
+    else:  # its words may name files of the server
+        log.error("a request failed: %s", error, exc_info=None if isinstance(error, KvcastError) else error)
+        status, message = 500, f"the server failed ({type(error).__name__}); its log says why"
     kind = REQUEST if status < 500 else SERVER
     message = message.encode(errors="replace").decode()
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
-    """Parameter and sentence. Of a message, what is wrong by the type that its role names."""
-    errors = error.errors()
-    of_other_roles = {e["loc"][:4] for e in errors if e["loc"][-1] == "role"}
-    fitting = [e for e in errors if e["loc"][:4] not in of_other_roles]
-    first = (fitting or errors)[0]
-    places = [str(part) for part in first["loc"] if part != "body" and not str(part).startswith("ChatCompletionRequest")]
-    reason = first["msg"] if fitting else "it must be system, user, assistant, tool or function"
-    return (places[0] if places else None), f"{'.'.join(places) or 'the body'}: {reason}"
+    """Parameter and sentence."""
+    first = error.errors()[0]
+    places = [str(part) for part in first["loc"] if not _OF_PYDANTIC.match(str(part))]
+    where, param = ".".join(places) or "the body", places[0] if places else None
+    if first["type"] == "missing":
+        return param, f"{where} is missing; send it"
+    return param, f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def of_the_request(error: Exception) -> ApiError:
     """What a request is to blame for, from one of ``OF_THE_REQUEST`` that was raised before the first token."""
     if found := _TOO_LONG.search(str(error)):
         message = (
-            f"the messages have {int(found[1]):,} tokens and the context holds {int(found[2]):,}; "
-            "shorten them, or start the server with a larger --context"
+            f"the request has {int(found[1]):,} tokens and the context holds {int(found[2]):,}; "
+            "shorten it, or start the server with a larger --context"
         )
         return ApiError(400, message, param="messages", code=TOO_LONG)
     reason = str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"

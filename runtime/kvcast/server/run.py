@@ -11,6 +11,7 @@ import uvicorn
 from ..cache import DocumentCache
 from ..errors import KvcastError
 from .app import make_app
+from .connection import BACKLOG, bounded
 from .desk import Desk
 from .proxy import Proxy
 from .settings import ModelSettings, ServerSettings
@@ -45,12 +46,18 @@ def listen(settings: ServerSettings) -> socket.socket:
         ) from error
 
 
-def make_server(settings: ServerSettings, desk: Desk) -> Server:
+def make_server(settings: ServerSettings, desk: Desk, say: Callable[[str], None] = print) -> Server:
     """The server, ready to ``run(sockets=[...])``."""
+    bounds = settings.bounds
     config = uvicorn.Config(
         make_app(settings, desk),
-        log_level="warning",
+        http=bounded(bounds, say),
+        ws="none",
+        log_level="error",  # a warning for every odd request is a way to fill a disk
         access_log=False,
+        backlog=BACKLOG,
+        h11_max_incomplete_event_size=bounds.header_bytes,
+        timeout_keep_alive=bounds.idle_seconds,  # type: ignore[arg-type]  # any number
         timeout_graceful_shutdown=5,
         ssl_keyfile=settings.ssl_keyfile,
         ssl_certfile=settings.ssl_certfile,
@@ -68,9 +75,9 @@ def run(settings: ServerSettings, models: list[ModelSettings], say: Callable[[st
     """
     with listen(settings) as listening:
         proxy = Proxy(models, DocumentCache() if settings.keep_documents else None, say)
-        desk = Desk(proxy, settings.interrupt_requests)
+        desk = Desk(proxy, settings.interrupt_requests, settings.bounds)
         try:
-            server = make_server(settings, desk)
+            server = make_server(settings, desk, say)
             host, port = listening.getsockname()[:2]
             scheme = "https" if settings.ssl_certfile else "http"
             say(f"{', '.join(proxy)} at {scheme}://{f'[{host}]' if ':' in host else host}:{port}/ (API under /v1); Ctrl-C ends it")

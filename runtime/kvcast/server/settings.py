@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from .. import models
 from ..config import SparseConfig
 from ..cores import usable_cores
 from ..errors import KvcastError
+from .bounds import Bounds
 
 from llama_cpp.server import settings as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
 
@@ -72,6 +74,13 @@ class ModelSettings(_FromFile, upstream.ModelSettings):
             raise ValueError(f"{TEXT_ONLY}; choose another chat format or leave it out")
         return value
 
+    @field_validator("cache_type")
+    @classmethod
+    def _no_pickles(cls, value: str) -> str:
+        if value == "disk":
+            raise ValueError("this is not supported, it runs what it finds in files of the working directory; use ram")
+        return value
+
 
 class ServerSettings(_FromFile, upstream.ServerSettings):
     """Where the server listens and who may use it.
@@ -84,6 +93,8 @@ class ServerSettings(_FromFile, upstream.ServerSettings):
         Names, beside localhost, this machine's own and addresses, by which browsers may reach the server.
     keep_documents : bool
         Keep long first messages on disk, as ``kvcast chat`` keeps documents.
+    bounds : Bounds
+        What one client may ask.
     """
 
     host: str = "127.0.0.1"
@@ -92,6 +103,18 @@ class ServerSettings(_FromFile, upstream.ServerSettings):
     allow_origins: list[str] = Field(default_factory=list)
     allow_hosts: list[str] = Field(default_factory=list)
     keep_documents: bool = True
+    bounds: Bounds = Field(default_factory=Bounds)
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _is_a_key(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError("is empty, or no text; choose one, or leave it out to have none")
+        if value != value.strip() or not value.isprintable():
+            raise ValueError("has white space at an end, or characters that are not printed; choose another")
+        return value
 
 
 class ConfigFile(ServerSettings):
@@ -99,13 +122,18 @@ class ConfigFile(ServerSettings):
 
     models: list[ModelSettings] = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_key(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "api_key": ""} if values.get("api_key", "") is None else values  # the line was left empty
+
     @field_validator("models")
     @classmethod
-    def _distinct(cls, models: list[ModelSettings]) -> list[ModelSettings]:
-        names = [m.model_alias or m.model for m in models]
+    def _distinct(cls, given: list[ModelSettings]) -> list[ModelSettings]:
+        names = [m.model_alias or short_name(m.model) for m in given]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two models are called {twice[0]!r}; give each a model_alias of its own")
-        return models
+        return given
 
 
 def read_config(path: Path) -> tuple[ServerSettings, list[ModelSettings]]:
@@ -138,6 +166,11 @@ def read_config(path: Path) -> tuple[ServerSettings, list[ModelSettings]]:
     return server, config.models
 
 
+def short_name(model: str) -> str:
+    """What clients call a model that has no alias."""
+    return model if models.find(model) else Path(model).stem
+
+
 def checked(kind: type[Any], values: dict[str, Any], where: str) -> Any:
     """``kind(**values)``; what is wrong is one sentence, of a KvcastError."""
     try:
@@ -150,11 +183,13 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        fields = [*ConfigFile.model_fields, *ModelSettings.model_fields]
+        fields = [*ConfigFile.model_fields, *ModelSettings.model_fields, *Bounds.model_fields]
         return f"there is no setting {place!r}{_closest(str(first['loc'][-1]), fields)}"
     if first["type"] == "missing":
         return f"{place!r} is missing; add it"
     reason = first["msg"].removeprefix("Value error, ")
+    if place == "api_key":  # it may be right but for a slip, and is not shown
+        return f"api_key {reason}"
     return f"{place} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
 
 

@@ -248,7 +248,7 @@ async function follow() {
           nCtx = snapshot.n_ctx;
           showFiles();
         }
-        $("status").textContent = { idle: "", reading: "reading", answering: "answering", loading: "loading the model" }[snapshot.state];
+        $("status").textContent = { idle: "", reading: "reading", answering: "answering", loading: "loading the model", failed: "the model cannot be loaded" }[snapshot.state];
         map.show(snapshot);
       }
       $("status").textContent = "the server has ended";

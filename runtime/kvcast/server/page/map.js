@@ -78,7 +78,7 @@ function figures() {
 export function show(snapshot) {
   const before = kv;
   kv = snapshot;
-  if (kv.state === "loading") return;
+  if (kv.state === "loading" || kv.state === "failed") return;
   figures();
   const { n_done, n_tokens } = kv.progress;
   $("reading").hidden = kv.state !== "reading" || !n_tokens;
