@@ -254,12 +254,6 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise GrammarError(f"llama.cpp cannot read the grammar{f' ({reason})' if reason else ''}; correct it (GBNF, with a rule root)")
         llama_cpp.llama_sampler_free(sampler)
 
-    @functools.wraps(llama_cpp.Llama.create_chat_completion)
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
-        for schema in _schemas(kwargs):  # the chat formats would fall back to any JSON without a word
-            grammar_of_schema(schema)
-        return super().create_chat_completion(*args, **kwargs)
-
     tokenize = inside(llama_cpp.Llama.tokenize)
     detokenize = inside(llama_cpp.Llama.detokenize)
 
@@ -282,9 +276,13 @@ class Llama(Lifetime, llama_cpp.Llama):
             given["response_format"] = {"type": "json_object", **({} if schema is None else {"schema": schema})}
         if given.get("logprobs") and given.get("top_logprobs") is None:
             given["top_logprobs"] = 0
+        for schema in _schemas(given):  # the chat formats would fall back to any JSON without a word
+            grammar_of_schema(schema)
         if self.chat_format in OWN_WAYS:
             return super().create_chat_completion(**given)
         choice = take_choice(given, parallel_tool_calls)
+        for schema in _schemas(given):
+            grammar_of_schema(schema)
         answer: Any = super().create_chat_completion(**given)
         if choice is None:
             return answer
@@ -662,14 +660,15 @@ class Llama(Lifetime, llama_cpp.Llama):
         attached.set_attention_callback(call)
 
 
-def _schemas(kwargs: dict[str, Any]) -> Iterator[Any]:
+def _schemas(given: dict[str, Any]) -> Iterator[Any]:
     """JSON schemas that an answer is to follow, of the arguments of ``create_chat_completion``."""
-    form = kwargs.get("response_format") or {}
+    form = given.get("response_format") or {}
     if form.get("type") == "json_object" and "schema" in form:
         yield form["schema"]
-    if isinstance(kwargs.get("tool_choice") or kwargs.get("function_call"), dict):
-        functions = [tool.get("function") or {} for tool in kwargs.get("tools") or []] + list(kwargs.get("functions") or [])
-        yield from (function["parameters"] for function in functions if "parameters" in function)
+    choice = given.get("tool_choice") or given.get("function_call")
+    if isinstance(choice, dict) or choice in ("required", "any"):
+        functions = [tool.get("function") or {} for tool in given.get("tools") or []] + list(given.get("functions") or [])
+        yield from (function["parameters"] for function in functions if function.get("parameters"))
 
 
 def _refuse_contradictions(kwargs: dict[str, Any]) -> None:
