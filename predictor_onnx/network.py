@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -161,11 +162,11 @@ def read_network(data: bytes) -> Network:
         take(*_read_tensor(reader, message))
     inputs: dict[str, list[int | None] | None] = {}
     for message in graph["input"]:
-        name, sizes = _read_value(reader, message, "input")
-        if name in inputs:
-            raise Damaged(f"two of its inputs have the name {shown(name)}")
-        if name not in constants:  # files of older versions list those, too
-            inputs[name] = sizes
+        value = reader.read(message, "input", _VALUE)
+        if value["name"] in inputs:
+            raise Damaged(f"two of its inputs have the name {shown(value['name'])}")
+        if value["name"] not in constants:  # files of older versions list those, too
+            inputs[_name(value["name"], "input")] = _read_type(reader, value, "input")
     known = {*constants, *inputs}
     nodes: list[Node] = []
     for node in read:
@@ -184,7 +185,9 @@ def read_network(data: bytes) -> Network:
     made = {node.output for node in nodes}
     outputs = []
     for message in graph["output"]:
-        name, _ = _read_value(reader, message, "output")
+        value = reader.read(message, "output", _VALUE)
+        name = value["name"]
+        _read_type(reader, value, "output")
         if name in outputs:
             raise Damaged(f"two of its outputs have the name {shown(name)}")
         if name not in made:
@@ -210,25 +213,21 @@ def _opset(reader: Reader, messages: Sequence[memoryview]) -> int:
     return versions[0]
 
 
-def _read_value(reader: Reader, message: memoryview, what: str) -> tuple[str, list[int | None] | None]:
-    value = reader.read(message, what, _VALUE)
-    name = _name(value["name"], what)
-    kind = reader.read(value["type"], f"type of {what} {shown(name)}", _TYPE)["tensor_type"] if value["type"] is not None else None
+def _read_type(reader: Reader, value: Mapping[str, Any], what: str) -> list[int | None] | None:
+    """Declared sizes of an input or output."""
+    what = f"{what} {shown(value['name'])}"
+    kind = reader.read(value["type"], f"type of {what}", _TYPE)["tensor_type"] if value["type"] is not None else None
     if kind is None:
-        raise Damaged(f"its {what} {shown(name)} is no tensor")
-    tensor = reader.read(kind, f"type of {what} {shown(name)}", _TENSOR_TYPE)
+        raise Damaged(f"its {what} is no tensor")
+    tensor = reader.read(kind, f"type of {what}", _TENSOR_TYPE)
     if tensor["elem_type"] != FLOAT:
-        raise Damaged(f"its {what} {shown(name)} is not of 32-bit floats")
+        raise Damaged(f"its {what} is not of 32-bit floats")
     if tensor["shape"] is None:
-        return name, None
+        return None
     dims = reader.read(tensor["shape"], "shape", _SHAPE)["dim"]
     if len(dims) > RANK_MAX:
-        raise Damaged(f"its {what} {shown(name)} has {len(dims)} dimensions")
-    sizes: list[int | None] = []
-    for dim in dims:
-        found = reader.read(dim, "dimension", _DIMENSION)
-        sizes.append(found["dim_value"] or None)
-    return name, sizes
+        raise Damaged(f"its {what} has {len(dims)} dimensions")
+    return [reader.read(dim, "dimension", _DIMENSION)["dim_value"] or None for dim in dims]
 
 
 def _read_node(reader: Reader, message: memoryview) -> Node:
