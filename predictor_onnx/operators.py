@@ -56,13 +56,13 @@ class Operator:
     opset: int = 13
 
 
-def cost_of(network: Network, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Cost:
-    """What a call costs with inputs of these shapes.
+def follow(network: Network, inputs: Mapping[str, Shape]) -> tuple[dict[str, Shape], Cost]:
+    """Every value's shape, and what a call costs, with inputs of these shapes.
 
     Raises
     ------
     Damaged
-        An operator is none that a predictor may use, does not fit its inputs, or the outputs have other shapes.
+        An operator is none that a predictor may use, or does not fit its inputs.
     """
     values: dict[str, Value] = {name: Value(x.shape, True, x) for name, x in network.constants.items()}
     values.update({name: Value(shape) for name, shape in inputs.items()})
@@ -81,10 +81,7 @@ def cost_of(network: Network, inputs: Mapping[str, Shape], outputs: Mapping[str,
         values[node.output] = Value(shape, fixed)
         if max(folded.n_values, folded.n_operations) > FOLDED_MAX:
             raise Damaged("what it computes from its constants alone is more than a predictor needs")
-    for name, shape in outputs.items():
-        if values[name].shape != shape:
-            raise Damaged(f"its output {shown(name)} has the shape {list(values[name].shape)} where kvcast needs {list(shape)}")
-    return cost
+    return {name: value.shape for name, value in values.items()}, cost
 
 
 def cost_of_block(network: Network, shapes: Callable[[int, int], Iterable[tuple[Mapping[str, Shape], Mapping[str, Shape]]]]) -> Cost:
@@ -98,13 +95,16 @@ def cost_of_block(network: Network, shapes: Callable[[int, int], Iterable[tuple[
     Raises
     ------
     Damaged
-        As ``cost_of``; or it is over the bounds.
+        As ``follow``; or an output has another shape, or it is over the bounds.
     """
     most = Cost()
     for n_rows in (1, ROWS):
         for n_blocks in (1, BLOCKS):
             for inputs, outputs in shapes(n_rows, n_blocks):
-                cost = cost_of(network, inputs, outputs)
+                made, cost = follow(network, inputs)
+                for name, shape in outputs.items():
+                    if made[name] != shape:
+                        raise Damaged(f"its output {shown(name)} has the shape {list(made[name])} where kvcast needs {list(shape)}")
                 most.n_values = max(most.n_values, -(-cost.n_values // (n_rows * n_blocks)))
                 most.n_operations = max(most.n_operations, -(-cost.n_operations // (n_rows * n_blocks)))
     if most.n_values > VALUES_PER_BLOCK:
@@ -123,6 +123,12 @@ def _operator(network: Network, node: Node) -> Operator:
     for name, value in node.attributes.items():
         if name not in operator.attributes or not isinstance(value, operator.attributes[name]):
             raise Damaged(f"its {node.op} has an attribute {shown(name)}, which a predictor does not need")
+    if operator.shape is _reduce:  # axes became an input
+        as_input = node.op == "ReduceSum" or network.opset >= 18
+        if {"axes", "noop_with_empty_axes"}.intersection(node.attributes) - ({"noop_with_empty_axes"} if as_input else {"axes"}):
+            raise Damaged(f"its {node.op} has axes that its opset, {network.opset}, does not look for")
+        if len(node.inputs) > 1 and not as_input:
+            raise Damaged(f"its {node.op} has axes that its opset, {network.opset}, does not look for")
     if len(node.inputs) not in operator.n_inputs:
         raise Damaged(f"its {node.op} has {len(node.inputs)} inputs")
     return operator

@@ -22,9 +22,9 @@ from . import telemetry
 OLDEST = (1, 23, 2) if sys.version_info < (3, 11) else (1, 28)
 CUDA = "CUDAExecutionProvider"
 PREDICTION_S = 4.0  # that a network which does not come with kvcast may take for one prediction
-CALL_VALUES = 1 << 27  # float32 that one call computes: half a GiB
-CALL_OPERATIONS = 1 << 32  # a second or so on one core; an interrupt is seen between calls
-ROW_VALUES = 1 << 29  # of the blocks of one KV head, which cannot be divided
+CALL_VALUES = 1 << 26  # float32 that one call computes: 256 MiB
+CALL_OPERATIONS = 1 << 30  # a tenth of a second on one core, seconds where numbers are denormal; an interrupt is seen between calls
+ROW_VALUES, ROW_OPERATIONS = 1 << 29, 1 << 33  # of the blocks of one KV head, which cannot be divided
 WATCHED = 1 << 28  # operations: a shorter call needs nobody who ends it
 Floats = npt.NDArray[np.float32]
 
@@ -123,9 +123,8 @@ class Bounds:
         PredictorError
             There is no room for one.
         """
-        if self.n_values * n_blocks > ROW_VALUES:
-            gib = 4 * ROW_VALUES >> 30
-            raise PredictorError(f"predictor {name!r} needs more than {gib} GiB for {n_blocks} blocks; use predictor='ema'")
+        if self.n_values * n_blocks > ROW_VALUES or self.n_operations * n_blocks > ROW_OPERATIONS:
+            raise PredictorError(f"predictor {name!r} is too large for a context of {n_blocks:,} blocks; use predictor='ema'")
         return max(1, self.n_cells // n_blocks)
 
 

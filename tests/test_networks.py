@@ -401,11 +401,12 @@ def test_paper_in_pieces_is_the_same(monkeypatch):
             np.testing.assert_allclose(cut.run(rows[:end], end), expected, rtol=1e-5, atol=1e-9)
 
 
-def test_a_row_that_takes_too_much_memory_is_not_begun(monkeypatch):
+@pytest.mark.parametrize("bound", ["ROW_VALUES", "ROW_OPERATIONS"])
+def test_a_row_that_takes_too_much_is_not_begun(bound, monkeypatch):
     predictor = open_predictor(content(*convolutions(1, 1000, 1)))
-    monkeypatch.setattr(runtime, "ROW_VALUES", 1 << 20)
+    monkeypatch.setattr(runtime, bound, 1 << 20)
     monkeypatch.setattr(runtime, "CALL_VALUES", 1 << 18)
-    with pytest.raises(PredictorError, match="GiB for 2000 blocks"):
+    with pytest.raises(PredictorError, match="too large for a context of 2,000 blocks"):
         predictor._reach = None
         predictor.run(np.zeros((2, 5, 2000), np.float32))
 
@@ -486,11 +487,11 @@ print("finished", flush=True)
 def test_an_interrupt_ends_a_prediction():
     """The whole would take minutes; a single call about a second."""
     code = INTERRUPTED.format(tests=os.path.dirname(__file__))
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    time.sleep(0.3)
-    child.send_signal(signal.SIGINT)
-    out, errors = child.communicate(timeout=60)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        out, errors = child.communicate(timeout=60)
     assert child.returncode != 0 and "finished" not in out and "KeyboardInterrupt" in errors, errors
 
 
