@@ -20,7 +20,7 @@ from .protobuf import Damaged, Reader, Table
 from .protobuf import field as write
 
 BYTES_MAX = 16 << 20  # of a file
-FIELDS_MAX = 1 << 18  # of messages and packed numbers in it
+FIELDS_MAX = 1 << 17  # of messages and packed numbers in it
 NODES_MAX = 512
 VALUES_MAX = 1 << 22  # of all constants
 RANK_MAX = 6

@@ -117,7 +117,7 @@ def cost_of_block(network: Network, shapes: Callable[[int, int], Iterable[tuple[
 def _operator(network: Network, node: Node) -> Operator:
     operator = OPERATORS.get(node.op)
     if operator is None:
-        raise Damaged(f"its operator {shown(node.op)} is none that a predictor may use (predictor_onnx/operators.py has them)")
+        raise Damaged(f"its operator {shown(node.op)} is none that a predictor may use, see docs/gguf.md")
     if network.opset < operator.opset:
         raise Damaged(f"its operator {node.op} is not in its opset, {network.opset}")
     for name, value in node.attributes.items():

@@ -102,6 +102,8 @@ class Reader:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # most are short
+        return data[at], at + 1
     value = 0
     for i in range(10):
         if at + i >= len(data):

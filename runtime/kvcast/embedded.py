@@ -20,6 +20,7 @@ from predictor_onnx.card import read_card
 from predictor_onnx.infer import PredictorError, examine, open_predictor, read_file
 from predictor_onnx.network import BYTES_MAX
 from predictor_onnx.protobuf import Damaged
+from predictor_onnx.runtime import onnxruntime
 
 from .errors import KvcastError, ModelError
 from .gguf_file import GgufFile
@@ -66,6 +67,10 @@ class Embedded:
     def said(self, file: str) -> str:
         """A sentence for people, of one that is used; "" of one that is not."""
         about = self.about()
+        try:
+            onnxruntime()
+        except PredictorError:
+            return ""
         if about["why_not_used"] is not None:
             return ""
         name = f"{about['name']!r}, " if about["name"] else ""

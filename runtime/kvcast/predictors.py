@@ -98,7 +98,7 @@ class Learned:
     def _give_up(self, error: PredictorError) -> None:
         if self._average is None:  # several threads may come to it
             self._average = Average(0.9)
-            warnings.warn(f"'ema' is used from here on: {error}", stacklevel=3)
+            warnings.warn(f"'ema' is used from here on: {error}", stacklevel=1)  # one place, so that it is said once
 
 
 def default() -> str:
@@ -130,7 +130,7 @@ def make(config: SparseConfig, attached: native.Attached, embedded: Embedded | N
             try:
                 return Learned(embedded.checked(), n_threads, cuda)
             except (KvcastError, PredictorError) as error:
-                warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=2)
+                warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=1)
     if name.startswith("onnx:"):
         return Learned(name.removeprefix("onnx:"), n_threads, cuda)
     if name in published.BY_NAME:

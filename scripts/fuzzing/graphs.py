@@ -232,10 +232,12 @@ def damage(rng: random.Random, model: onnx.ModelProto) -> None:
             name = f"d{i}"
     elif kind == 15 and graph.initializer:
         tensor = rng.choice(graph.initializer)
-        value = numpy_helper.to_array(tensor).copy() if tensor.data_type in (1, 7) and not tensor.external_data else np.zeros(1, np.float32)
-        if value.size and value.dtype == np.float32:
-            value.flat[rng.randrange(value.size)] = rng.choice((np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45))
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+        values = np.frombuffer(tensor.raw_data, np.uint8).copy()
+        if tensor.data_type == TensorProto.FLOAT and len(values) >= 4:
+            at = 4 * rng.randrange(len(values) // 4)
+            odd = np.float32(rng.choice((np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45)))
+            values[at : at + 4] = np.frombuffer(odd.tobytes(), np.uint8)
+            tensor.raw_data = values.tobytes()
     elif kind == 16:
         model.functions.add(name="Made", domain=rng.choice(("", "mine")))
         model.graph.sparse_initializer.add()
