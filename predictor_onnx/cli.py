@@ -16,7 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .card import BYTES_MAX as CARD_BYTES_MAX
+from .card import read_card
 from .infer import PaperPredictor, open_predictor, resolve, shipped
+from .protobuf import Damaged
 
 app = typer.Typer(no_args_is_help=True, help="The learned predictors: train, export, evaluate, describe.")
 notes = Console(stderr=True, emoji=False)
@@ -126,7 +129,7 @@ def export(
             f"{str(weights)!r} holds no trained predictor ({str(error).splitlines()[0][:120]}); make it with `train`"
         ) from error
     card_file = weights.with_suffix(".json")
-    card = json.loads(card_file.read_text()) if card_file.is_file() else {"name": weights.stem}
+    card = card_of(card_file) if card_file.is_file() else {"name": weights.stem}
     finish(model.eval(), (out or weights.parent) / f"{weights.stem}.onnx", card)
 
 
@@ -168,6 +171,23 @@ def cost(path: Path) -> dict[str, float]:
     return found
 
 
+def card_of(path: Path) -> dict[str, Any]:
+    """The card in a file.
+
+    Raises
+    ------
+    ValueError
+        It is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            return read_card(file.read(CARD_BYTES_MAX + 1))
+    except Damaged as error:
+        raise ValueError(f"the card {str(path)!r} is damaged ({error}); `kvcast predictor export` writes it again") from None
+    except OSError as error:
+        raise ValueError(f"the card {str(path)!r} cannot be read ({error.strerror or error}); check the file") from error
+
+
 def show(card: dict) -> None:
     """A card's figures."""
     console = Console(width=150, emoji=False)
@@ -203,10 +223,7 @@ def card(name: Annotated[str, typer.Argument(help="A predictor that comes with k
     described = path.with_suffix(".json")
     if not described.is_file():
         raise ValueError(f"predictor {str(path)!r} has no card; `kvcast predictor train` writes one beside it")
-    try:
-        show(json.loads(described.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the card {str(described)!r} is damaged; `kvcast predictor export` writes it again") from error
+    show(card_of(described))
 
 
 @app.command()

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+
+from .network import BYTES_MAX, Network, read_network, shown
+from .operators import Cost, Shape, cost_of_block
+from .protobuf import Damaged
+from .runtime import CUDA, PREDICTION_S, Bounds, Floats, Prediction, PredictorError, onnxruntime, open_session, reason, unusable
 
 if TYPE_CHECKING:
     from kvcast.history import History
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = "scores"
+N_AVERAGES = 5  # of a block, that kvcast.history keeps
 PROBE = 32  # blocks to either side of the one that is changed, to see how far a network looks
-CUDA = "CUDAExecutionProvider"
-Floats = npt.NDArray[np.float32]
+SCORE_MAX = np.float32(1 << 20)  # what selects adds scores up
 
-
-class PredictorError(ValueError):
-    """A predictor file is missing or cannot be used; the message is one sentence."""
-
-
-def unusable() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises on networks that it cannot load or run."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
-    names = ("Fail", "InvalidProtobuf", "InvalidGraph", "NotImplemented", "InvalidArgument", "RuntimeException")
-    return (*(getattr(errors, name) for name in names), RuntimeError, UnicodeDecodeError)  # the last, of a message that quotes the file
+__all__ = ["PaperPredictor", "PredictorError", "StreamPredictor", "examine", "open_predictor", "read_file", "resolve", "shipped"]
 
 
 class StreamPredictor:
@@ -40,25 +35,27 @@ class StreamPredictor:
     """
 
     inputs = ("averages",)
+    declared: tuple[tuple[str | int, ...], ...] = (("rows", N_AVERAGES, "blocks"),)
+    outputs = (OUTPUT,)
     n_steps_kept = 0
     state_bytes_per_block = 20
     by_rows = True
 
-    def __init__(self, session: Any, name: str):
-        self._session, self._name = session, name
+    def __init__(self, session: Any, name: str, bounds: Bounds):
+        self._session, self._name, self._bounds = session, name, bounds
         self.on_gpu = session.get_providers()[0] == CUDA
-        shape = session.get_inputs()[0].shape
-        if len(shape) != 3:
-            raise PredictorError(f"predictor {name!r} takes averages of {len(shape)} dimensions; kvcast gives 3, export it again")
-        n_wanted, n_given = shape[1], 5
-        if isinstance(n_wanted, int) and n_wanted != n_given:
-            raise PredictorError(f"predictor {name!r} wants {n_wanted} averages per block; this runtime keeps {n_given}")
-        for shape in ((2, 33), (3, 70)):  # one that is made for a shape is found out by the other
-            check(self.run(np.full((shape[0], n_given, shape[1]), 0.01, np.float32)), shape, name)
-        self._reach = None if self.on_gpu else self._find_reach(n_given)  # a GPU takes long for each new length
+        self._reach: int | None = None
+        for n_rows, n_blocks in ((2, 33), (3, 70)):  # one that is made for a shape is found out by the other
+            self.run(np.full((n_rows, N_AVERAGES, n_blocks), 0.01, np.float32))
+        self._reach = None if self.on_gpu else self._find_reach(N_AVERAGES)  # a GPU takes long for each new length
         self._kept: Floats | None = None
         self._kept_at = np.empty(0, np.int64)  # by row: history.clock when its scores were computed
         self._lock = threading.Lock()  # several threads ask for rows of their own
+
+    @staticmethod
+    def shapes(n_rows: int, n_blocks: int) -> Iterator[tuple[dict[str, Shape], dict[str, Shape]]]:
+        """Of inputs and outputs."""
+        yield {"averages": (n_rows, N_AVERAGES, n_blocks)}, {OUTPUT: (n_rows, n_blocks)}
 
     def _find_reach(self, n_given: int) -> int | None:
         """How many blocks away a change still matters; None: further than is worth it."""
@@ -88,13 +85,26 @@ class StreamPredictor:
         return kept[rows, :n_blocks]
 
     def run(self, averages: Floats) -> Floats:
-        if not self.on_gpu:
-            return run(self._session, [OUTPUT], {"averages": averages}, [averages.shape[::2]], self._name)[0]
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("averages", averages)
-        binding.bind_output(OUTPUT, "cpu")
-        self._session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0]
+        n_rows, _, n_blocks = averages.shape
+        prediction = Prediction(self._bounds, self._name)
+
+        def call(part: Floats) -> Floats:
+            given = {"averages": np.ascontiguousarray(part)}
+            (scores,) = prediction.call(self._session, [OUTPUT], given, [part.shape[::2]], self.on_gpu)
+            return np.clip(scores, 0, SCORE_MAX, out=scores)  # no share of attention is negative
+
+        n, reach = self._bounds.n_cells, self._reach
+        if n_rows * n_blocks <= n:
+            return call(averages)
+        if reach is not None and n_rows == 1 and n > 4 * reach:  # pieces of a long row, each with what it looks at beside it
+            step, parts = n - 2 * reach, []
+            for begin in range(0, n_blocks, step):
+                low = max(0, begin - reach)
+                part = call(averages[:, :, low : begin + step + reach])
+                parts.append(part[:, begin - low :][:, :step])
+            return np.concatenate(parts, 1)
+        step = self._bounds.n_rows(n_blocks, self._name)
+        return np.concatenate([call(averages[i : i + step]) for i in range(0, n_rows, step)])
 
 
 class PaperPredictor:
@@ -107,6 +117,8 @@ class PaperPredictor:
     """
 
     inputs = ("newest", "leaving", "oldest", "inner", "n_steps")
+    declared: tuple[tuple[str | int, ...], ...] = (*(("rows", "steps", "blocks"),) * 3, ("rows", 32, "blocks"), ())
+    outputs = (OUTPUT, "new_inner")
     n_steps = 64
     most_new = 24  # from here on the whole window is cheaper
     n_steps_kept = n_steps + most_new
@@ -115,13 +127,21 @@ class PaperPredictor:
     on_gpu = False
     width = 64  # blocks are taken in multiples of this, so that the right edge seldom moves
 
-    def __init__(self, session: Any, name: str):
-        self._session, self._name = session, name
+    def __init__(self, session: Any, name: str, bounds: Bounds):
+        self._session, self._name, self._bounds = session, name, bounds
         self._inner: Floats | None = None
         self._n_seen, self._epoch = 0, -1
         for n_steps, shape in ((9, (2, 33)), (70, (3, 70))):
-            check(self.run(np.full((n_steps, *shape), 0.01, np.float32), n_steps), shape, name)
+            self.run(np.full((n_steps, *shape), 0.01, np.float32), n_steps)
         self._inner = None
+
+    @classmethod
+    def shapes(cls, n_rows: int, n_blocks: int) -> Iterator[tuple[dict[str, Shape], dict[str, Shape]]]:
+        """Of inputs and outputs, with the fewest and with the most steps."""
+        inner = n_rows, 32, n_blocks
+        for newest, leaving in ((4, 4), (cls.n_steps, cls.most_new + 4)):
+            stacks = {name: (n_rows, n, n_blocks) for name, n in (("newest", newest), ("leaving", leaving), ("oldest", 4))}
+            yield {**stacks, "inner": inner, "n_steps": ()}, {OUTPUT: (n_rows, n_blocks), "new_inner": inner}
 
     def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> Floats:
         if history.epoch != self._epoch:
@@ -147,31 +167,22 @@ class PaperPredictor:
         window = rows[-self.n_steps :]
         stacks = {"newest": newest, "leaving": leaving, "oldest": window[:4]}
         given: dict[str, Any] = {name: np.ascontiguousarray(x.transpose(1, 0, 2)) for name, x in stacks.items()}
-        given |= {"inner": inner, "n_steps": np.array(len(window), np.float32)}
-        scores, inner = run(self._session, [OUTPUT, "new_inner"], given, [inner.shape[::2], inner.shape], self._name)
+        given["inner"] = inner
+        n_steps = np.array(len(window), np.float32)
+        prediction = Prediction(self._bounds, self._name)
+        step, found = self._bounds.n_rows(rows.shape[2], self._name), []
+        for i in range(0, rows.shape[1], step):
+            part = {name: x[i : i + step] for name, x in given.items()}
+            shape = part["inner"].shape
+            found.append(prediction.call(self._session, list(self.outputs), {**part, "n_steps": n_steps}, [shape[::2], shape]))
+        scores, inner = found[0] if len(found) == 1 else map(np.concatenate, zip(*found))
         if len(window) == self.n_steps:  # a shorter window grows at its end only
             self._inner, self._n_seen = inner, n_seen
-        return scores
-
-
-def run(session: Any, outputs: list[str], given: dict[str, Any], shapes: list[tuple[int, ...]], name: str) -> list[Floats]:
-    """A network's outputs, of these shapes; PredictorError when it yields others or none."""
-    try:
-        found = session.run(outputs, given)
-    except unusable() as error:
-        raise PredictorError(f"predictor {name!r} cannot be run ({reason(error)}); export it again or use predictor='ema'") from error
-    if [(x.shape, x.dtype) for x in found] != [(shape, np.float32) for shape in shapes]:
-        raise PredictorError(f"predictor {name!r} yields arrays of other shapes than it was asked for; export it again")
-    return found
-
-
-def check(probe: Floats, shape: tuple[int, int], name: str) -> None:
-    if probe.shape != shape or not np.isfinite(probe).all():
-        raise PredictorError(f"predictor {name!r} yields values that are not numbers; its weights are damaged, export it again")
+        return np.clip(scores, 0, SCORE_MAX)
 
 
 def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False) -> StreamPredictor | PaperPredictor:
-    """Load a network; its inputs say which kind it is.
+    """Load a network; its inputs say which kind it is. A network is read and written anew before ONNX Runtime sees it: see ``network``.
 
     Parameters
     ----------
@@ -185,42 +196,80 @@ def open_predictor(path: Path | bytes, n_threads: int = 1, *, cuda: bool = False
     Raises
     ------
     PredictorError
-        ONNX Runtime is not installed, or the file is missing, not ONNX, of another shape, or yields NaN.
+        ONNX Runtime is not installed or too old, or the file is missing, not ONNX, of another shape, more than a predictor needs
+        (``network``, ``operators``), or yields NaN. A prediction raises it, too, where it fails or takes longer than
+        ``runtime.PREDICTION_S``.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise PredictorError("ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA") from None
     name = path.name if isinstance(path, Path) else "embedded"
-    if isinstance(path, Path) and not path.is_file():
-        raise PredictorError(f"there is no predictor {str(path)!r}; those that come with kvcast: {', '.join(shipped())}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = n_threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores that wait belong to the model
-    options.log_severity_level = 4
-    providers = ["CPUExecutionProvider"]
-    if cuda and CUDA in onnxruntime.get_available_providers():
-        onnxruntime.preload_dlls()
-        providers.insert(0, CUDA)
+    onnxruntime()
+    network, kind, cost = examine(path if isinstance(path, bytes) else read_file(path), name)
+    inputs = {given: len(sizes) for given, sizes in zip(kind.inputs, kind.declared)}
     try:
-        session = onnxruntime.InferenceSession(str(path) if isinstance(path, Path) else path, options, providers=providers)
-        shapes = {i.name: i.shape for i in session.get_inputs()}  # their names may be no text
-        outputs = [o.name for o in session.get_outputs()]
+        session = open_session(network.written(inputs, dict(zip(kind.outputs, (2, 3)))), n_threads, cuda)
     except unusable() as error:
-        raise PredictorError(f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'") from error
+        raise PredictorError(_cannot_be_loaded(name, error)) from error
     if cuda and session.get_providers()[0] != CUDA:
         warnings.warn("ONNX Runtime has no usable CUDA provider, so the predictor runs on the CPU; onnxruntime-gpu has one", stacklevel=2)
-    given = tuple(shapes)
+    ours = isinstance(path, Path) and path.resolve().parent == HERE
+    return kind(session, name, Bounds(cost.n_values, cost.n_operations, None if ours else PREDICTION_S))
+
+
+def examine(content: bytes, name: str) -> tuple[Network, type[StreamPredictor] | type[PaperPredictor], Cost]:
+    """Look at a network without ONNX Runtime: what was read, what runs it, and what a block costs.
+
+    Raises
+    ------
+    PredictorError
+        ``open_predictor`` would not load it.
+    """
+    try:
+        network = read_network(content)
+        kind = _kind(network, name)
+        return network, kind, cost_of_block(network, kind.shapes)
+    except Damaged as error:
+        raise PredictorError(_cannot_be_loaded(name, error)) from error
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> str:
+    return f"predictor {name!r} cannot be loaded ({reason(error)}); export it again or use predictor='ema'"
+
+
+def _kind(network: Network, name: str) -> type[StreamPredictor] | type[PaperPredictor]:
+    """What takes inputs like these."""
     for kind in (StreamPredictor, PaperPredictor):
-        if given == kind.inputs and OUTPUT in outputs:
-            return kind(session, name)
-    wanted = " or ".join(str(kind.inputs) for kind in (StreamPredictor, PaperPredictor))
-    raise PredictorError(f"predictor {name!r} takes {given}; kvcast gives {wanted}; export it again or use predictor='ema'")
+        if network.inputs.keys() != set(kind.inputs) or not set(kind.outputs) <= set(network.outputs):
+            continue
+        for given, wanted in zip(kind.inputs, kind.declared):
+            sizes = network.inputs[given]
+            if sizes is not None and len(sizes) != len(wanted):
+                raise PredictorError(
+                    f"predictor {name!r} takes {given} of {len(sizes)} dimensions; kvcast gives {len(wanted)}, export it again"
+                )
+            for size, want in zip(sizes or (), wanted):
+                if size is not None and isinstance(want, int) and size != want:
+                    raise PredictorError(f"predictor {name!r} wants {size} {given} per block; this runtime keeps {want}")
+                if size is not None and isinstance(want, str):
+                    raise PredictorError(f"predictor {name!r} is made for {size} {want}; their number changes, export it without")
+        return kind
+    kinds = " or ".join(str(kind.inputs) for kind in (StreamPredictor, PaperPredictor))
+    given = ", ".join(shown(x) for x in [*network.inputs][:6])
+    raise PredictorError(f"predictor {name!r} takes ({given},); kvcast gives {kinds}; export it again or use predictor='ema'")
 
 
-def reason(error: BaseException) -> str:
-    return str(error).splitlines()[0][:160]
+def read_file(path: Path) -> bytes:
+    """A network's file, if it is one of bearable size.
+
+    Raises
+    ------
+    PredictorError
+    """
+    if not path.is_file():
+        raise PredictorError(f"there is no predictor {str(path)!r}; those that come with kvcast: {', '.join(shipped())}")
+    try:
+        with path.open("rb") as file:
+            return file.read(BYTES_MAX + 1)
+    except OSError as error:
+        raise PredictorError(f"predictor {str(path)!r} cannot be read ({error.strerror or error}); check the file") from error
 
 
 def shipped() -> list[str]:

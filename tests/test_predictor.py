@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import numpy_helper
 
 from kvcast import Llama, SparseConfig
 from kvcast.history import DECAYS, History
 from predictor_onnx.infer import HERE, PredictorError, open_predictor, resolve, shipped
+from predictor_onnx.runtime import onnxruntime
 
 
 def naive_stream(path, averages):
@@ -69,7 +69,7 @@ def test_what_is_predicted_anew_equals_a_prediction_of_everything(observe):
 
 
 def test_without_cuda_the_network_runs_on_the_cpu_and_says_so():
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if "CUDAExecutionProvider" in onnxruntime().get_available_providers():
         pytest.skip("ONNX Runtime has its CUDA provider here")
     with pytest.warns(UserWarning, match="runs on the CPU"):
         assert not open_predictor(resolve("stream"), cuda=True).on_gpu

@@ -6,6 +6,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import predictor_onnx  # noqa: F401 - turns the telemetry of dependencies off, before they are imported
+
 from .errors import CallbackError, GenerationError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
 from .folders import keep_compiled_kernels
 from .library import carry_llama_cpp

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from predictor_onnx.infer import PredictorError, open_predictor, resolve, shipped
+from predictor_onnx.runtime import onnxruntime
+
 from . import __version__, models
 from .cores import usable_cores
 from .library import LIBRARY_DIR
@@ -96,11 +99,10 @@ def examine() -> list[Finding]:
 
 
 def _predictors() -> list[Finding]:
-    import onnxruntime
-
-    from predictor_onnx.infer import PredictorError, open_predictor, resolve, shipped
-
-    found = [Finding("ONNX Runtime", f"{onnxruntime.__version__}; predictors run on the CPU")]
+    try:
+        found = [Finding("ONNX Runtime", f"{onnxruntime().__version__}; predictors run on the CPU; its telemetry is off")]
+    except PredictorError as error:
+        return [Finding("ONNX Runtime", "cannot be used", str(error))]
     for name in shipped():
         try:
             open_predictor(resolve(name))

@@ -6,13 +6,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from predictor_onnx.card import BYTES_MAX as CARD_BYTES_MAX
+from predictor_onnx.card import read_card
+from predictor_onnx.infer import PredictorError, examine, open_predictor, read_file
+from predictor_onnx.network import BYTES_MAX
+from predictor_onnx.protobuf import Damaged
+from predictor_onnx.runtime import onnxruntime
 
 from .errors import KvcastError, ModelError
 from .gguf_file import GgufFile
@@ -23,11 +31,12 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """What the keys hold, unchecked."""
+    """What the keys hold, unchecked; ``n_bytes`` says how large a network is that was not read for its size."""
 
     onnx: bytes = field(repr=False)
     card: str = field(repr=False)
     sha256: str
+    n_bytes: int = 0
 
     def checked(self) -> bytes:
         """The network.
@@ -35,17 +44,50 @@ class Embedded:
         Raises
         ------
         ModelError
-            It is not what was embedded.
+            It is not what was embedded, or larger than a predictor is.
         """
+        if self.n_bytes > BYTES_MAX:
+            raise ModelError(f"the embedded predictor has {self.n_bytes:,} bytes, and a predictor at most {BYTES_MAX:,}")
         if hashlib.sha256(self.onnx).hexdigest() != self.sha256:
             raise ModelError("the embedded predictor is damaged (its sha256 is another); embed it again with `kvcast embed-predictor`")
         return self.onnx
 
+    def about(self) -> dict[str, str | int | None]:
+        """Name and architecture, as the card has them; parameters, as they were counted; and why it is not used, None where it is."""
+        card, n_parameters, why_not = {}, None, None
+        with contextlib.suppress(Damaged):
+            card = read_card(self.card)
+        try:
+            network, _, _ = examine(self.checked(), "embedded")
+            n_parameters = network.n_parameters
+        except (ModelError, PredictorError) as error:
+            why_not = str(error)
+        return {"name": card.get("name"), "architecture": card.get("architecture"), "parameters": n_parameters, "why_not_used": why_not}
+
+    def said(self, file: str) -> str:
+        """A sentence for people, of one that is used; "" of one that is not."""
+        about = self.about()
+        try:
+            onnxruntime()
+        except PredictorError:
+            return ""
+        if about["why_not_used"] is not None:
+            return ""
+        name = f"{about['name']!r}, " if about["name"] else ""
+        return (
+            f"{file} brings a predictor of its own ({name}{about['parameters']:,} parameters), which is used; "
+            "predictor='onnx:stream' (--predictor onnx:stream) leaves it alone"
+        )
+
 
 def embedded_in(gguf: GgufFile) -> Embedded | None:
     """What an open file carries."""
-    onnx = gguf.get_bytes(ONNX)
-    return None if onnx is None else Embedded(onnx, str(gguf.get(CARD, "")), str(gguf.get(SHA256, "")))
+    n_bytes = gguf.count(ONNX)
+    onnx = b"" if n_bytes > BYTES_MAX else gguf.get_bytes(ONNX)
+    if onnx is None:
+        return None
+    sha256 = str(gguf.get(SHA256, ""))
+    return Embedded(onnx, str(gguf.get(CARD, "")), sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else "", n_bytes)
 
 
 def embed(source: Path, predictor: Path, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -69,13 +111,11 @@ def embed(source: Path, predictor: Path, out: Path, progress: Callable[[int, int
     predictor_onnx.infer.PredictorError
         The network cannot be used.
     """
-    from predictor_onnx.infer import open_predictor
-
     with GgufFile(source) as gguf:
         if out.exists() and out.samefile(source):
             raise KvcastError(f"the result cannot replace the file that it is made from, {str(source)!r}; name another one")
         open_predictor(predictor)
-        network = predictor.read_bytes()
+        network = read_file(predictor)
         gguf.set_bytes(ONNX, network)
         gguf.set_str(CARD, _card(predictor))
         gguf.set_str(SHA256, hashlib.sha256(network).hexdigest())
@@ -131,9 +171,13 @@ def _card(predictor: Path) -> str:
     path = predictor.with_suffix(".json")
     if not path.is_file():
         raise KvcastError(f"predictor {str(predictor)!r} has no card; `kvcast predictor train` writes {path.name!r} beside it")
-    card = path.read_text(encoding="utf-8")
     try:
-        json.loads(card)
-    except ValueError:
-        raise KvcastError(f"the card {str(path)!r} is not JSON; `kvcast predictor export` writes it again") from None
-    return card
+        with path.open("rb") as file:
+            card = file.read(CARD_BYTES_MAX + 1)
+        read_card(card)
+        return card.decode()
+    except (Damaged, ValueError) as error:
+        reason = str(error) if isinstance(error, Damaged) else "it is not UTF-8 text"
+        raise KvcastError(f"the card {str(path)!r} cannot be used ({reason}); `kvcast predictor export` writes it again") from None
+    except OSError as error:
+        raise KvcastError(f"the card {str(path)!r} cannot be read ({error.strerror or error}); check the file") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +68,10 @@ def inspect(path: Path) -> dict[str, Any]:
 def _about_predictor(embedded) -> dict[str, Any] | None:
     if embedded is None:
         return None
+    about = embedded.about()
     try:
         embedded.checked()
-        card = json.loads(embedded.card)
-        about = {key: card.get(key) for key in ("name", "architecture", "parameters")}
-        return {"onnx_bytes": len(embedded.onnx), "sha256": embedded.sha256, "intact": True, **about}
-    except (KvcastError, ValueError, AttributeError):  # damaged, or a card that is no JSON object
-        return {"onnx_bytes": len(embedded.onnx), "sha256": embedded.sha256, "intact": False}
+        intact = True
+    except KvcastError:
+        intact = False
+    return {"onnx_bytes": embedded.n_bytes, "sha256": embedded.sha256, "intact": intact, **about}

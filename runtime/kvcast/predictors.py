@@ -9,6 +9,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from predictor_onnx.infer import PredictorError, open_predictor, resolve
+from predictor_onnx.runtime import onnxruntime
+
 from . import native, published
 from .config import SparseConfig
 from .cores import usable_cores
@@ -67,6 +70,8 @@ class Nothing:
 class Learned:
     """A network of ``predictor_onnx``, by name or path, or an ONNX file's content.
 
+    Where a prediction fails, takes too long or is none, that is said once, and the average takes the network's place.
+
     Raises
     ------
     predictor_onnx.infer.PredictorError
@@ -74,26 +79,39 @@ class Learned:
     """
 
     def __init__(self, name: str | bytes, n_threads: int, cuda: bool):
-        from predictor_onnx.infer import open_predictor, resolve
-
         self._network = open_predictor(resolve(name) if isinstance(name, str) else name, n_threads, cuda=cuda)
+        self._average: Average | None = None  # in the network's place
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
         self.by_rows = self._network.by_rows
         self.on_gpu = self._network.on_gpu
 
     def predict(self, history: History, n_blocks: int, rows: slice = ALL) -> npt.NDArray[np.float32]:
-        if self.by_rows:
-            return self._network.predict(history, n_blocks, rows)
-        return np.maximum(self._network.predict(history, n_blocks), 0)  # no share of attention is negative
+        if self._average is None:
+            try:
+                return self._network.predict(history, n_blocks, rows)
+            except PredictorError as error:
+                self._give_up(error)
+        assert self._average is not None
+        return self._average.predict(history, n_blocks, rows)
+
+    def _give_up(self, error: PredictorError) -> None:
+        if self._average is None:  # several threads may come to it
+            self._average = Average(0.9)
+            warnings.warn(f"'ema' is used from here on: {error}", stacklevel=1)  # one place, so that it is said once
 
 
 def default() -> str:
-    """What ``auto`` stands for: ``onnx:stream`` where ONNX Runtime is installed, else ``ema``, with a warning."""
-    if importlib.util.find_spec("onnxruntime") is not None:
-        return "onnx:stream"
-    warnings.warn("ONNX Runtime is not installed, so the predictor is 'ema'; pip install onnxruntime", stacklevel=2)
-    return "ema"
+    """What ``auto`` stands for: ``onnx:stream`` where ONNX Runtime can be used, else ``ema``, with a warning."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        warnings.warn("ONNX Runtime is not installed, so the predictor is 'ema'; pip install onnxruntime", stacklevel=2)
+        return "ema"
+    try:
+        onnxruntime()
+    except PredictorError as error:
+        warnings.warn(f"the predictor is 'ema': {error}", stacklevel=2)
+        return "ema"
+    return "onnx:stream"
 
 
 def make(config: SparseConfig, attached: native.Attached, embedded: Embedded | None = None) -> Predictor:
@@ -111,8 +129,8 @@ def make(config: SparseConfig, attached: native.Attached, embedded: Embedded | N
         if embedded is not None and name != "ema":
             try:
                 return Learned(embedded.checked(), n_threads, cuda)
-            except (KvcastError, ValueError) as error:  # ValueError: predictor_onnx's own, which must not be imported without need
-                warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=2)
+            except (KvcastError, PredictorError) as error:
+                warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=1)
     if name.startswith("onnx:"):
         return Learned(name.removeprefix("onnx:"), n_threads, cuda)
     if name in published.BY_NAME:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import SparseUnsupported, SparseUntested
@@ -73,11 +74,17 @@ def notes_on(llm: Llama, n_ctx: int, given: Collection[str]) -> list[str]:
 
 
 def sparse_if_tested(path: str | os.PathLike[str], sparse: SparseConfig | None, say: Callable[[str], None]) -> SparseConfig | None:
-    """``sparse``; or None, which is said in a line, where the family is untested and ``sparse`` does not ask for it."""
-    if sparse is None or sparse.untested or read_header(path).arch in TESTED:
-        return sparse
-    found = refusal(path)
+    """``sparse``; or None, which is said in a line, where the family is untested and ``sparse`` does not ask for it.
+
+    A predictor that the file brings and that is going to run is said, too.
+    """
+    if sparse is None:
+        return None
+    header = read_header(path)
+    found = None if sparse.untested or header.arch in TESTED else refusal(path)
     if found is None:
+        if sparse.predictor == "auto" and header.embedded is not None and (said := header.embedded.said(Path(path).name)):
+            say(said)
         return sparse
     how = "; --untested (SparseConfig.untested) asks for it" if isinstance(found, SparseUntested) else ""
     say(f"running dense: {found.reason}{how}")

@@ -1,9 +1,12 @@
-"""Networks and their cards: loaded, asked for a prediction, and what they predict selected by."""
+"""Networks and their cards: refused in a sentence, or loaded, asked for a prediction within bounds, and what they predict selected by."""
 
 from __future__ import annotations
 
 import json
 import random
+import resource
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,16 @@ from kvcast.inspection import _about_predictor
 from kvcast.predictors import Learned
 from kvcast.selection import select
 from predictor_onnx.cli import card as show_card
-from predictor_onnx.infer import PredictorError, resolve
+from predictor_onnx.infer import PredictorError, StreamPredictor, examine, resolve
+from predictor_onnx.operators import follow
+from predictor_onnx.runtime import PREDICTION_S, open_session, unusable
 
 from . import mutate
+from .graphs import grown
 
 N_LAYER, N_HEAD_KV, N_BLOCKS = 2, 2, 80
+REFUSAL_S, RESIDENT_BYTES = 5.0, 3 << 30
+SENTENCE_MAX = 500
 CARD = b"{"  # the first byte of a card; a network's is another
 OPERATORS = ("Conv", "Relu", "Add", "Concat", "Gather", "Reshape", "Squeeze", "Slice", "Transpose", "Resize", "Expand", "Tile", "MatMul",
              "ReduceMean", "Identity", "Cast", "Pad", "Shape", "ConstantOfShape", "Loop", "If", "Softmax", "NonZero", "Scan")  # fmt: skip
@@ -39,14 +47,16 @@ class Predictor:
     def make(self, rng: random.Random) -> bytes:
         i = rng.randrange(2)
         kind = rng.random()
-        if kind < 0.1:
+        if kind > 0.5:
+            return grown(rng)
+        if kind < 0.05:
             card = self._cards[i]
             for _ in range(rng.randint(1, 3)):
                 card = mutate.value(rng, card)
             return json.dumps(card if isinstance(card, dict) else {"name": card}).encode("utf-8", "replace")
         data = self._bases[i]
         for _ in range(rng.choice((1, 1, 2, 4))):
-            data = mutate.some_bytes(rng, data) if kind < 0.5 else _another(rng, data)
+            data = mutate.some_bytes(rng, data) if kind < 0.25 else _another(rng, data)
         return data
 
     def run(self, data: bytes) -> str:
@@ -55,28 +65,75 @@ class Predictor:
             self._path.with_suffix(".json").write_bytes(data)
             try:
                 show_card(str(self._path))
-            except ValueError:
+            except ValueError as error:
+                _check_sentence(str(error))
                 return "card refused"
             return "card shown"
+        begin = time.monotonic()
         try:
             network = Learned(data, 1, cuda=False)
-        except PredictorError:
-            return "refused"
+        except PredictorError as error:
+            _check_sentence(str(error))
+            assert time.monotonic() - begin < REFUSAL_S, "refused too late"
+            return "refused by kvcast" if error.__cause__ is None or isinstance(error.__cause__, ValueError) else "refused by ONNX Runtime"
+        _check_shapes(data)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self._predict(network)
+        assert len(said) <= 1, "said more than once"
+        for warning in said:
+            _check_sentence(str(warning.message))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 < RESIDENT_BYTES, "too much memory"
+        return "gives up" if said else "predicts"
+
+    def _predict(self, network: Learned) -> None:
         history, rng = self._history, np.random.default_rng(0)
         history.truncate(0)
         history.keep_steps(network.n_steps_kept)
         history.observe_all(rng.random((N_LAYER, 8, N_HEAD_KV, N_BLOCKS), np.float32), 0, 8, 60)
         blocks = np.zeros((N_LAYER * N_HEAD_KV, N_BLOCKS), np.int32)
         n_listed, shares = np.zeros(len(blocks), np.int32), np.zeros(len(blocks), np.float32)
+        for n_used in (41, 60, 60):
+            begin = time.monotonic()
+            scores = network.predict(history, n_used)
+            assert time.monotonic() - begin < PREDICTION_S + 2, "predicted too late"
+            assert np.isfinite(scores[:, :n_used]).all(), "not numbers"
+            select(scores, n_used, 12, 1, 4, blocks, n_listed, shares, "spread")
+            assert np.isfinite(shares).all(), "shares that are not numbers"
+            for row, n in zip(blocks, n_listed):
+                assert 5 <= n <= n_used and row[0] == 0 and row[n - 1] == n_used - 1 and (np.diff(row[:n]) > 0).all(), "not a list"
+
+
+def _check_sentence(text: str) -> None:
+    assert text.isprintable() and len(text) <= SENTENCE_MAX, "no sentence"
+
+
+def _check_shapes(data: bytes) -> None:
+    """ONNX Runtime makes the shapes that were foretold, of every value and at any size."""
+    network, kind, cost = examine(data, "x")
+    if kind is not StreamPredictor:
+        return
+    for n_rows, n_blocks in ((1, 1), (3, 7)):
+        shapes, _ = follow(network, {"averages": (n_rows, 5, n_blocks)})
+        made = [node.output for node in network.nodes]
         try:
-            for n_used in (41, 60, 60):
-                scores = network.predict(history, n_used)
-                select(scores, n_used, 12, 1, 4, blocks, n_listed, shares, "spread")
-                for row, n in zip(blocks, n_listed):
-                    assert 5 <= n <= n_used and row[0] == 0 and row[n - 1] == n_used - 1 and (np.diff(row[:n]) > 0).all(), "not a list"
-        except PredictorError:
-            return "refused when asked"
-        return "predicts"
+            session = open_session(network.written({"averages": 3}, {name: len(shapes[name]) for name in made}), 1, False)
+            found = session.run(made, {"averages": np.full((n_rows, 5, n_blocks), 0.01, np.float32)})
+        except unusable():
+            return
+        wrong = [name for name, value in zip(made, found) if value.shape != shapes[name]]
+        assert not wrong, f"another shape than foretold: {[node.op for node in network.nodes if node.output == wrong[0]]}"
+        changing = sum(value.size for name, value in zip(made, found) if not _is_fixed(network, name))
+        assert changing <= cost.n_values * n_rows * n_blocks, "costs more than foretold"
+
+
+def _is_fixed(network: Any, name: str) -> bool:
+    """Whether a value is made from constants alone."""
+    fixed = set(network.constants)
+    for node in network.nodes:
+        if all(x in fixed or not x for x in node.inputs):
+            fixed.add(node.output)
+    return name in fixed
 
 
 def _another(rng: random.Random, data: bytes) -> bytes:
