@@ -46,7 +46,7 @@ def onnxruntime() -> ModuleType:
         import onnxruntime as module
     except ModuleNotFoundError:
         raise PredictorError(
-            "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA (kvcast[cpu] or kvcast[cuda])"
+            "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA"
         ) from None
     except ImportError as error:
         raise PredictorError(f"ONNX Runtime cannot be imported ({reason(error)}); install it again") from error
