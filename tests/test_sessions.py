@@ -1,7 +1,6 @@
 """Sessions in files: after a load they go on as if nothing had been; a file that is wrong or a save that fails changes nothing."""
 
 import hashlib
-import os
 import resource
 import signal
 import subprocess
@@ -189,7 +188,11 @@ def test_what_a_dead_process_left_goes_with_the_next_save(saved, tmp_path):
         left.touch()
     (tmp_path / ".kvcast-link.part").symlink_to(others)
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl; f = open({str(alive)!r}, 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"],
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl; f = open({str(alive)!r}, 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -118,6 +118,8 @@ def private_folder(path: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         path = folder
     found = path.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     everybodys = found.st_mode & stat.S_ISVTX or path.parent == path
     if os.name == "posix" and found.st_uid == os.geteuid() and found.st_mode & 0o077 and not everybodys:
         path.chmod(stat.S_IMODE(found.st_mode) & 0o700)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import struct
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -382,7 +383,7 @@ def _array(data: bytes, kind: np.dtype, name: str) -> np.ndarray:
         raise ValueError(f"{name} is of another version of NumPy's format")
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except MemoryError as error:  # Python's parser says so of what is nested too deep
+    except (MemoryError, tokenize.TokenError) as error:  # the first is what Python's parser says of what is nested too deep
         raise ValueError(f"{name} has no header that can be read") from error
     good = dtype == kind and not (fortran and len(shape) > 1) and all(type(n) is int and n >= 0 for n in shape)
     if not good or math.prod(shape) * kind.itemsize != len(data) - file.tell():
