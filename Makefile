@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
-.PHONY: demo test test-vulkan test-convert soak kills faults fuzz sanitize lint docs bench patches reference clean
+.PHONY: demo test test-vulkan test-convert soak kills writers faults fuzz sanitize lint docs bench patches reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -48,6 +48,10 @@ faults: $(VENV)/.installed
 # 500 processes killed while they save a session: a minute
 kills: $(VENV)/.installed
 	$(BIN)/python scripts/kill_saving.py
+
+# 200 processes that save sessions under one name: half a minute
+writers: $(VENV)/.installed
+	$(BIN)/python scripts/concurrent_saving.py
 
 # odd input, 100,000 cases: minutes
 fuzz: $(VENV)/.installed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def embed(source: Path, predictor: Path, out: Path, progress: Callable[[int, int
     from predictor_onnx.infer import open_predictor
 
     with GgufFile(source) as gguf:
-        if out.exists() and out.samefile(source):
+        if os.path.exists(out) and out.samefile(source):
             raise KvcastError(f"the result cannot replace the file that it is made from, {str(source)!r}; name another one")
         open_predictor(predictor)
         network = predictor.read_bytes()
