@@ -10,7 +10,7 @@ SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* run
 put_python = find $(1)/kvcast -mindepth 1 -maxdepth 1 ! -name lib ! -name _vendor -exec rm -rf {} + && \
     tar -C runtime --exclude=kvcast/lib --exclude=kvcast/_vendor -cf - kvcast | tar -C $(1) -xf - && cp -r predictor_onnx $(1)/
 
-.PHONY: demo test test-installers test-vulkan test-convert wheel soak kills faults fuzz attack sanitize lint docs bench patches reference constraints clean
+.PHONY: demo test test-installers test-vulkan test-convert wheel soak kills writers faults fuzz attack sanitize lint docs bench patches reference constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -76,6 +76,10 @@ faults: $(VENV)/.installed
 # 500 processes killed while they save a session: a minute
 kills: $(VENV)/.installed
 	$(BIN)/python scripts/kill_saving.py
+
+# 200 processes that save sessions under one name: half a minute
+writers: $(VENV)/.installed
+	$(BIN)/python scripts/concurrent_saving.py
 
 # odd input, 100,000 cases: minutes
 fuzz: $(VENV)/.installed

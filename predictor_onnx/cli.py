@@ -12,9 +12,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from kvcast import files
+from kvcast.terminal import Console
 
 from .card import BYTES_MAX as CARD_BYTES_MAX
 from .card import read_card
@@ -75,7 +77,8 @@ def train(
         status.update("testing")
         found = metrics(model, held_out)
     out.mkdir(parents=True, exist_ok=True)
-    torch.save({"architecture": architecture, "state": model.state_dict()}, out / f"{name}.pt")
+    with files.replacing(out / f"{name}.pt") as file:
+        torch.save({"architecture": architecture, "state": model.state_dict()}, file)
     card: dict[str, Any] = {
         "name": name,
         "architecture": architecture,
@@ -145,7 +148,7 @@ def finish(model, path: Path, card: dict[str, Any]) -> None:
         "difference_to_torch": float(f"{difference:.1e}"),
         "ms_per_prediction": cost(path),
     }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    files.write(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
     show(card)
 
 
@@ -276,7 +279,7 @@ def evaluate(
                 show_results(label, n_context, found)
     report["results"] = [{"document": d, **r} for d, results in report.pop("documents").items() for r in results]
     if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        files.write(json_file, json.dumps(report, indent=2) + "\n")
 
 
 def tokens_of(llm, name: str, n_context: int, n_steps: int) -> tuple[list[int], int]:

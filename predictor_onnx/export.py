@@ -9,6 +9,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from kvcast import files
+
 from .infer import OUTPUT, PaperPredictor, StreamPredictor, open_predictor
 from .model import BASE, EPSILON, N_AVERAGES, Paper, Stream
 
@@ -33,7 +35,7 @@ def export(model: Stream | Paper, path: Path) -> float:
         ir_version=8,
     )
     onnx.checker.check_model(proto)
-    path.write_bytes(proto.SerializeToString())
+    files.write(path, proto.SerializeToString())
     worst = (check_stream if isinstance(model, Stream) else check_paper)(model, path)
     if worst > 1e-3:
         raise ValueError(f"{path} differs from torch by {worst:.1e}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvcast import Llama, SparseConfig, models
-from kvcast.session_file import remove_partial
+from kvcast.files import remove_left
 
 TEXT = Path(__file__).resolve().parent / "demo.txt"
 N_TOKENS, N_LEAST = 250, 20
@@ -64,7 +64,7 @@ def main(n_kills: int, seed: int) -> None:
             llm.load_session(start)
             told = kill_one(llm, path, rng.uniform(0, 0.15))
             n_torn += len(list(Path(folder).glob("*.part")))
-            remove_partial(Path(folder))
+            remove_left(Path(folder))
             possible = (told, told - 1) if told else (last, N_TOKENS)
             llm.load_session(path)
             last = llm.n_tokens

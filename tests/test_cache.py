@@ -1,16 +1,23 @@
 """Documents on disk: opened again they continue as if they had just been read; what is damaged or too much is left."""
 
+import contextlib
+import errno
 import os
+import resource
+import stat
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from kvcast import GenerationError, KvcastError, Llama, SparseConfig
+from kvcast import GenerationError, KvcastError, Llama, SparseConfig, files, session_file
 from kvcast.cache import DocumentCache
 from kvcast.chat import Conversation
+from kvcast.session_file import STATE_HEADER
+from shapes import write_shape
 from test_contract import logits_of
+from test_errors import command
 
 SHARED = dict(n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False)
 
@@ -89,7 +96,7 @@ def test_the_limit_and_what_cannot_be_written(load, code, tmp_path):
     assert [e.title for e in cache.entries()] == ["third", "second"]
     assert not DocumentCache(tmp_path, one // 2).save(llm, tokens[:540], "too large")
     assert not cache.save(llm, tokens[:100], "too short")
-    (tmp_path / "dead.999999999.part").touch()
+    (tmp_path / ".kvcast-dead.part").touch()
     assert cache.clear() > 2 * one * 0.9 and not list(tmp_path.iterdir())
 
     (tmp_path / "file").touch()
@@ -147,3 +154,180 @@ def test_chat_opens_a_document_again(smollm2, code, tmp_path):
     assert "[bold]code.txt" in listed.stdout
     subprocess.run([sys.executable, "-m", "kvcast.cli", "cache", "--clear"], check=True, env=env)
     assert not list((tmp_path / "kept").iterdir())
+
+
+# ---- what is in the folder: ours or not, whole or not, to be read or not; on tiny models
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with two documents, and the model that has read them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    llm = Llama(write_shape(folder / "tiny.gguf", vocabulary="llama"), n_ctx=1024, n_threads=1, verbose=False)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    cache = DocumentCache(tmp_path / "documents")
+    for n in (520, 530):
+        tiny.reset()
+        tiny.eval([5] * n)
+        assert cache.save(tiny, [5] * n, f"of {n} tokens")
+    return cache
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def foreign(folder):
+    """Files of others: any name, any content, also such as look like ours."""
+    made = {
+        "notes.kv": b"mine",
+        "llama.kv": STATE_HEADER.pack(0x6767736E, 9, 3) + bytes(100),  # a state of llama.cpp, by another program
+        "0" * 31 + ".kv": b"",
+        "0" * 32 + ".KV": b"",
+        "g" * 32 + ".kv": b"",
+        "1" * 32 + ".kv": b"",
+        "2" * 32 + ".kv": b"GGUF" + bytes(1000),
+        "x.part": b"",
+        "3" * 32 + ".123.part": b"",
+    }
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    (folder / ("4" * 32 + ".kv")).mkdir()
+    (folder / ("5" * 32 + ".kv")).symlink_to(folder / "notes.kv")
+    os.mkfifo(folder / ("6" * 32 + ".kv"))
+    return {*made, *(f"{i * 32}.kv" for i in "456")}
+
+
+def names(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def test_what_is_not_ours_stays(folder, tiny):
+    ours = names(folder.folder)
+    others = foreign(folder.folder)
+    for look in (folder.entries, folder.look, lambda: folder.save(tiny, [5] * 530, "again"), folder.entries):
+        look()
+        assert names(folder.folder) == ours | others
+    assert {e.title for e in folder.entries()} == {"of 520 tokens", "again"}
+    assert len(folder.look().others) == 9 and not folder.look().damaged
+    folder.limit_bytes = folder.entries()[0].n_bytes + 1000  # room for one
+    assert folder.save(tiny, [5] * 530, "again")
+    assert len(folder.entries()) == 1 and others < names(folder.folder)
+    assert folder.clear() > 1000
+    assert names(folder.folder) == others
+
+
+def test_commands_say_what_stays(folder, tiny):
+    foreign(folder.folder)
+    (path,) = [p for p in folder.folder.iterdir() if p.is_file() and p.stat().st_size > 10000 and p.stat().st_size == max(
+        q.stat().st_size for q in folder.folder.iterdir() if q.is_file())]  # fmt: skip
+    os.truncate(path, path.stat().st_size - 3)
+    environment = {"KVCAST_DOCUMENTS": str(folder.folder)}
+    before = names(folder.folder)
+    done = command("cache", **environment)
+    assert done.returncode == 0 and "of 520 tokens" in done.stdout and "1 damaged" in done.stderr and "notes.kv" in done.stderr
+    assert names(folder.folder) == before
+    done = command("cache", "--clear", **environment)
+    assert done.returncode == 0 and "notes.kv" in done.stderr and "damaged" not in done.stderr
+    assert len(before - names(folder.folder)) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ENFILE, errno.ESTALE, errno.ENOMEM])
+def test_what_cannot_be_read_now_stays(folder, tiny, monkeypatch, number):
+    ours = names(folder.folder)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    for target, name in ((files, "open_regular"), (session_file, "_fill"), (os, "open")):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, fail)
+            assert len(folder.look().others) == (2 if name != "_fill" else 0)
+            assert not folder.load(tiny, [5] * 520)
+            if name != "os.open":
+                folder.clear() if name != "_fill" else None
+            if name != "_fill":
+                assert names(folder.folder) == ours
+    assert names(folder.folder) == ours
+    assert folder.load(tiny, [5] * 520) and tiny.n_tokens == 520
+
+
+def test_when_files_run_out(folder, tiny):
+    """Really."""
+    ours = names(folder.folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        assert not folder.load(tiny, [5] * 520)
+        with pytest.raises(KvcastError, match=r"cannot be listed .*Too many open files"):
+            folder.entries()
+        os.close(held.pop())  # one file at a time
+        assert len(folder.entries()) == 2
+        with pytest.raises(KvcastError, match="Too many open files"):
+            folder.save(tiny, [5] * 540, "x")
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert names(folder.folder) == ours and len(folder.entries()) == 2
+
+
+def test_damage_is_removed_and_said_when_it_is_met(folder, tiny, caplog):
+    first, second = sorted(folder.folder.iterdir(), key=lambda p: p.stat().st_size)
+    with first.open("r+b") as file:
+        file.seek(-5000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.truncate(second, second.stat().st_size // 2)
+    assert len(folder.entries()) == 1 and len(folder.look().damaged) == 1 and len(names(folder.folder)) == 2
+    assert not folder.load(tiny, [5] * 520)
+    assert not first.exists() and "was damaged (its checksum does not match) and is removed" in caplog.text
+    folder.save(tiny, [5] * 540, "x")
+    assert not second.exists() and caplog.text.count("removed") == 2
+
+
+def test_documents_of_an_older_version_are_listed_and_go_in_turn(folder, tiny):
+    for path in folder.folder.iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[:-12] + (1).to_bytes(4, "little") + data[-8:])
+    assert len(folder.entries()) == 2 and not folder.look().damaged
+    assert not folder.load(tiny, [5] * 520) and len(folder.entries()) == 2
+    folder.clear()
+    assert not names(folder.folder)
+
+
+def test_documents_are_their_owners(tiny, tmp_path):
+    before = os.umask(0)
+    try:
+        cache = DocumentCache(tmp_path / "kvcast" / "documents")
+        tiny.reset()
+        tiny.eval([5] * 520)
+        assert cache.save(tiny, [5] * 520, "x")
+        assert {mode(p) for p in (cache.folder, cache.folder.parent)} == {0o700}
+        assert {mode(p) for p in cache.folder.iterdir()} == {0o600}
+        cache.folder.chmod(0o755)  # as an older kvcast left it
+        cache.save(tiny, [5] * 520, "x")
+        assert mode(cache.folder) == 0o700
+        tiny.save_session(tmp_path / "x")
+        assert mode(tmp_path / "x") == 0o600
+    finally:
+        os.umask(before)
+
+
+def test_what_another_process_writes_is_not_removed(folder, tiny):
+    with files.replacing(folder.folder / ("7" * 32 + ".kv"), private=True) as file:
+        file.write(b"half")
+        assert folder.save(tiny, [5] * 530, "again")
+        folder.clear()
+        assert len(names(folder.folder)) == 1
+    assert names(folder.folder) == {"7" * 32 + ".kv"}

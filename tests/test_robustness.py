@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from kvcast import Llama, ModelError, session_file
 from kvcast.cache import DocumentCache
+from kvcast.gguf_file import GgufFile
 from kvcast.inspection import inspect
 from predictor_onnx.infer import resolve
 from shapes import write_shape
@@ -113,6 +114,15 @@ def test_a_sliding_window_without_end(tmp_path):
         inspect(write_shape(tmp_path / "x.gguf", "gemma3", attention__sliding_window=1 << 31))
 
 
+@pytest.mark.parametrize("scaling", ["", "linaer", "YARN", "\x1b[2J"])
+def test_a_rope_scaling_that_llama_cpp_would_not_survive(scaling, tmp_path):
+    path = write_shape(tmp_path / "x.gguf")
+    with GgufFile(path) as gguf:
+        gguf.set_str("llama.rope.scaling.type", scaling)
+        path.write_bytes(gguf.metadata() + path.read_bytes()[gguf.data_offset :])
+    one_sentence(command("inspect", path), "its RoPE scaling is", "linear")
+
+
 def test_the_same_token_twice(tmp_path):
     path = tiny(tmp_path / "x.gguf", b"word1", b"word0")
     with pytest.raises(ModelError, match="the same token twice"):
@@ -133,12 +143,13 @@ def test_names_that_are_no_text(tmp_path):
 @pytest.mark.parametrize("wrong", [{"title": None}, {"n_tokens": []}, {"model": 3}], ids=str)
 def test_a_description_of_a_document_with_other_types(wrong, tmp_path, monkeypatch):
     meta = {"title": "x", "model": "x", "n_tokens": 1}
-    described = {"good": meta, "odd": {**meta, **wrong}}
+    good, odd = "0" * 32, "1" * 32
+    described = {good: meta, odd: {**meta, **wrong}}
     for name in described:
         (tmp_path / f"{name}.kv").touch()
     monkeypatch.setattr(session_file, "read_meta", lambda path: {**described[path.stem], "about": described[path.stem]})
-    assert [e.key for e in DocumentCache(tmp_path).entries()] == ["good"]
-    assert not (tmp_path / "odd.kv").exists()
+    assert [e.key for e in DocumentCache(tmp_path).entries()] == [good]
+    assert (tmp_path / f"{odd}.kv").exists()  # a list removes nothing
 
 
 def test_a_damaged_card(tmp_path):

@@ -1,7 +1,6 @@
 """Sessions in files: after a load they go on as if nothing had been; a file that is wrong or a save that fails changes nothing."""
 
 import hashlib
-import os
 import resource
 import signal
 import subprocess
@@ -111,7 +110,7 @@ def test_damage_is_said_before_anything_is_touched(saved, unharmed, tmp_path):
         with pytest.raises(SessionError, match="is not a session of kvcast, or was cut short"):
             llm.load_session(bad)
     bad.write_bytes(good[:-12] + (99).to_bytes(4, "little") + good[-8:])
-    with pytest.raises(SessionError, match="version 99, and this kvcast reads 1"):
+    with pytest.raises(SessionError, match="version 99, and this kvcast reads 2"):
         llm.load_session(bad)
     for wrong in (tmp_path, tmp_path / "none"):
         with pytest.raises(SessionError, match="cannot be read"):
@@ -182,12 +181,27 @@ def test_a_save_that_fails_leaves_the_old_file(saved, unharmed, tmp_path):
 
 
 def test_what_a_dead_process_left_goes_with_the_next_save(saved, tmp_path):
+    """Not what another process is writing, nor what is not ours."""
     llm, _, _ = saved
-    alive, others = tmp_path / f"x.{os.getppid()}.part", tmp_path / "y.999999999.part"
-    for left in (alive, others, tmp_path / "x.999999999.part"):
+    dead, alive, others = tmp_path / ".kvcast-dead.part", tmp_path / ".kvcast-alive.part", tmp_path / "x.999999999.part"
+    for left in (dead, alive, others):
         left.touch()
+    (tmp_path / ".kvcast-link.part").symlink_to(others)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl; f = open({str(alive)!r}, 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
     llm.save_session(tmp_path / "x")
-    assert sorted(tmp_path.iterdir()) == sorted([alive, others, tmp_path / "x"])
+    assert sorted(tmp_path.iterdir()) == sorted([alive, others, tmp_path / "x", tmp_path / ".kvcast-link.part"])
+    holder.communicate(b"\n")
+    llm.save_session(tmp_path / "x")
+    assert not alive.exists() and others.exists()
 
 
 def test_an_empty_session(smollm2, tmp_path, code):

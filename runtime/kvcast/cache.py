@@ -1,6 +1,7 @@
 """Documents that were read once, kept on disk as sessions (``session_file``), so that opening one again takes seconds.
 
-An entry is found by what decides its bytes: the model file, the tokens, and the settings of the KV cache.
+An entry is found by what decides its bytes: the model file, the tokens, and the settings of the KV cache. The folder is its owner's
+(0700). What lies there is removed when it is certainly one of these files, and certainly damaged, or has to make room.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import session_file
-from .errors import KvcastError, SessionError
+from . import files, session_file
+from .errors import KvcastError, SessionDamaged, SessionError
 from .folders import cache_folder
 
 import llama_cpp  # isort: skip  (after kvcast's own, which say where the libraries are)
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 LIMIT_BYTES = 8 << 30
 MIN_TOKENS = 512  # what is shorter is read as fast
+NAME = re.compile(r"[0-9a-f]{32}\.kv")
+
+log = logging.getLogger("kvcast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,15 @@ class Entry:
     def __post_init__(self) -> None:
         if not (isinstance(self.title, str) and isinstance(self.model, str) and isinstance(self.n_tokens, int)):
             raise TypeError("a field is of another type")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is in the folder."""
+
+    entries: list[Entry] = field(default_factory=list)  # the most recently opened first
+    damaged: list[Path] = field(default_factory=list)  # certainly documents, and certainly not whole
+    others: list[Path] = field(default_factory=list)  # not ours, or not to be read now
 
 
 def default_folder() -> Path:
@@ -64,27 +79,56 @@ class DocumentCache:
         self.limit_bytes = limit_bytes
 
     def entries(self) -> list[Entry]:
-        """What is there, the most recently opened first; what cannot be read is removed."""
-        found = []
-        for path in self.folder.glob("*.kv"):
+        """The documents that are there, the most recently opened first. Nothing is removed."""
+        return self.look().entries
+
+    def look(self) -> Found:
+        """What is there. Nothing is removed.
+
+        Raises
+        ------
+        KvcastError
+            The folder cannot be listed.
+        """
+        found = Found()
+        try:
+            paths = sorted(p for p in self.folder.iterdir() if p.name.endswith(".kv"))
+        except FileNotFoundError:
+            return found
+        except OSError as error:
+            raise KvcastError(
+                f"the folder of documents {str(self.folder)!r} cannot be listed ({files.reason(error)}); check its permissions"
+            ) from error
+        for path in paths:
+            if not NAME.fullmatch(path.name) or path.is_symlink():
+                found.others.append(path)
+                continue
             try:
                 meta, file = session_file.read_meta(path), path.stat()
-                found.append(Entry(path.stem, meta["about"]["title"], meta["model"], meta["n_tokens"], file.st_size, file.st_mtime))
+                entry = Entry(path.stem, meta["about"]["title"], meta["model"], meta["n_tokens"], file.st_size, file.st_mtime)
+                found.entries.append(entry)
+            except SessionDamaged:
+                found.damaged.append(path)
             except (SessionError, OSError, KeyError, TypeError):
-                self._remove(path.stem)
-        return sorted(found, key=lambda e: -e.opened)
+                found.others.append(path)
+        found.entries.sort(key=lambda e: -e.opened)
+        return found
 
     def load(self, llm: Llama, tokens: list[int]) -> bool:
-        """Put the model into the state after ``tokens``. False: not there, or damaged and now removed; the session in hand goes on."""
-        key = self._key(llm, tokens)
-        path = self._path(key)
-        if not path.exists() or len(tokens) > llm.n_ctx():
-            return False
+        """Put the model into the state after ``tokens``. False: not there, or not to be opened; the session in hand goes on.
+
+        One that is damaged is removed, which the log says.
+        """
         try:
+            path = self._path(self._key(llm, tokens))
+            if not path.is_file() or len(tokens) > llm.n_ctx():
+                return False
             llm.load_session(path)
-        except SessionError as error:
-            if not isinstance(error.__cause__, MemoryError):
-                self._remove(key)
+        except SessionDamaged as error:
+            log.warning("a kept document was damaged (%s) and is removed", error.how)
+            self._remove(path.stem)
+            return False
+        except SessionError:
             return False
         with contextlib.suppress(OSError):  # the state is there, whether or not this can be noted
             os.utime(path)
@@ -102,23 +146,25 @@ class DocumentCache:
         if len(tokens) < MIN_TOKENS or n_bytes > self.limit_bytes:
             return False
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.private_folder(self.folder)
             self._make_room(n_bytes)
             llm.save_session(self._path(self._key(llm, tokens)), {"title": title})
         except (OSError, SessionError) as error:
-            reason = error.__cause__ if isinstance(error, SessionError) else error
-            raise KvcastError(
-                f"the document cannot be kept in {str(self.folder)!r} ({reason}); free some space or use --no-cache"
-            ) from error
+            cause = error.__cause__ if isinstance(error, SessionError) else error
+            why = files.reason(cause) if isinstance(cause, OSError) else getattr(cause, "how", cause or error)
+            raise KvcastError(f"the document cannot be kept in {str(self.folder)!r} ({why}); free some space or use --no-cache") from error
         return True
 
     def clear(self) -> int:
-        """Remove everything; returns the bytes that were freed."""
-        n_bytes = 0
-        for path in [*self.folder.glob("*.kv"), *self.folder.glob("*.part")]:
+        """Remove every document, also damaged ones, and what was left half-written; returns the bytes that were freed. What is not ours,
+        or cannot be read, stays."""
+        found = self.look()
+        n_bytes = files.remove_left(self.folder)
+        for path in [*(self._path(e.key) for e in found.entries), *found.damaged]:
             with contextlib.suppress(OSError):
-                n_bytes += path.stat().st_size
+                size = path.stat().st_size
                 path.unlink()
+                n_bytes += size
         return n_bytes
 
     # ---- inside
@@ -135,7 +181,11 @@ class DocumentCache:
             self._path(key).unlink()
 
     def _make_room(self, n_bytes: int) -> None:
-        session_file.remove_partial(self.folder)
-        held = self.entries()
+        files.remove_left(self.folder)
+        found = self.look()
+        for path in found.damaged:
+            log.warning("a kept document was damaged and is removed: %s", path.name)
+            self._remove(path.stem)
+        held = found.entries
         while held and sum(e.n_bytes for e in held) + n_bytes > self.limit_bytes:
             self._remove(held.pop().key)

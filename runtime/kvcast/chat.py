@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama_cpp.llama_cpp as llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .cache import DocumentCache
@@ -17,6 +22,8 @@ from .llama import Llama
 from .session import StepTimes
 
 MARK = "\x02question\x02"
+ROLES = ("system", "user", "assistant")
+SMALL_BYTES = 1 << 28  # of a state: written and read again in well under a second
 
 
 def around_question(llm: Llama, messages: list[dict[str, str]]) -> tuple[str, str] | None:
@@ -34,6 +41,22 @@ def tokens_before_mark(llm: Llama, messages: list[dict[str, str]]) -> list[int]:
     """The prompt's tokens up to ``MARK`` in the messages; none without a template."""
     texts = around_question(llm, messages)
     return [] if texts is None else llm.tokenize(texts[0].encode(), add_bos=False, special=True)
+
+
+def _messages_of(about: dict[str, Any], path: Path) -> list[dict[str, str]]:
+    """The conversation that a session file holds; whoever wrote it, each message is a role that there is and a text that can be one."""
+    messages = about.get("messages")
+    if not isinstance(messages, list):
+        raise SessionError(f"{str(path)!r} holds no conversation; choose another file")
+    for message in messages:
+        good = isinstance(message, dict) and message.keys() == {"role", "content"} and message["role"] in ROLES
+        good = good and isinstance(message["content"], str) and not _SURROGATE.search(message["content"])
+        if not good:
+            raise SessionError(f"{str(path)!r} holds a conversation that cannot be gone on with: a message is none; choose another file")
+    return messages
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which no tokenizer takes
 
 
 def open_or_read(llm: Llama, tokens: list[int], cache: DocumentCache | None, title: str) -> bool:
@@ -101,6 +124,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.figures: Figures | None = None
         self.stopped = False
+        self.unsaved = False  # something was read or said since it was saved
         if document:
             self.messages.append({"role": "system", "content": f"Answer from this document.\n\n{document}"})
             n_tokens = len(llm.tokenize(document.encode(), add_bos=False))
@@ -115,6 +139,7 @@ class Conversation:
         tokens = tokens_before_mark(self.llm, [*self.messages, {"role": "user", "content": MARK}])
         if not self.messages or not tokens:
             return False
+        self.unsaved = True
         return open_or_read(self.llm, tokens, cache, title)
 
     def save(self, path: Path) -> None:
@@ -123,6 +148,12 @@ class Conversation:
         if messages and messages[-1]["role"] == "user":  # its answer was cut off
             messages = messages[:-1]
         self.llm.save_session(path, {"messages": messages})
+        self.unsaved = False
+
+    @property
+    def is_small(self) -> bool:
+        """Whether ``save`` takes no time that one notices."""
+        return llama_cpp.llama_state_get_size(self.llm.ctx) <= SMALL_BYTES
 
     def resume(self, path: Path) -> None:
         """Go on with the conversation in a file; see ``Llama.load_session``.
@@ -130,14 +161,18 @@ class Conversation:
         Raises
         ------
         SessionError
-            Also when the file holds no conversation, or one about another document.
+            Also when the file holds no conversation, or one about another document. The session in hand goes on.
         """
-        messages = self.llm.load_session(path).get("messages")
-        if not isinstance(messages, list):
-            raise SessionError(f"{str(path)!r} holds no conversation; choose another file")
-        if self.messages and self.messages[:1] != messages[:1]:
-            raise SessionError(f"{str(path)!r} holds a conversation without this document; choose another file for a new one")
+        messages: list[dict[str, str]] = []
+
+        def check(about: dict[str, Any]) -> None:
+            messages[:] = _messages_of(about, path)
+            if self.messages and self.messages[:1] != messages[:1]:
+                raise SessionError(f"{str(path)!r} holds a conversation without this document; choose another file for a new one")
+
+        self.llm.load_session(path, check)
         self.messages = messages
+        self.unsaved = False
 
     def ask(self, question: str, **kwargs: Any) -> Iterator[str]:
         """Answer a question, piece by piece. Ctrl-C, or ``stop``, ends the answer; what was said stays in the conversation.
@@ -152,7 +187,7 @@ class Conversation:
         """
         llm = self.llm
         self.messages.append({"role": "user", "content": question})
-        self.stopped = False
+        self.stopped, self.unsaved = False, True
         sparse = llm.sparse is not None
         if sparse:
             llm.session.configure(llm.session.config)
@@ -198,21 +233,91 @@ class Conversation:
         self.llm.interrupt()
 
 
-class stop_on_interrupt:
-    """Context manager: Ctrl-C calls ``stop`` once; a second one raises KeyboardInterrupt."""
+class Signals:
+    """Context manager: what signals do to a conversation.
+
+    Ctrl-C stops what is read or answered; a second one raises KeyboardInterrupt, and so does one while nothing runs. SIGTERM and SIGHUP
+    (a shutdown, a closed window or a dropped line) stop it too, and then end the conversation: SystemExit with 128 + the signal's number
+    from the next ``check``, from ``waiting``, or when the block ends. Signals that the process was started to ignore stay ignored. While
+    something is ``keeping``, nothing is raised.
+
+    Parameters
+    ----------
+    stop : callable
+        Called from a signal handler, and from a thread beside, which llama.cpp does not hold up.
+    """
+
+    ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
     def __init__(self, stop: Callable[[], None]):
         self._stop = stop
-        self._asked = False
+        self._number = 0  # of the signal that ends it
+        self._stopped = False
+        self._waiting = self._keeping = False
 
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+    def __enter__(self) -> Signals:
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGINT, *self.ENDING):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+        self._told, self._tells = socket.socketpair()
+        self._tells.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._tells.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="kvcast-signals", daemon=True).start()
+        return self
 
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._tells.close()  # which ends the thread
+        if error is None or isinstance(error, (KeyboardInterrupt, OSError)):  # a terminal that is gone fails at every word
+            self.check()
+
+    @property
+    def ending(self) -> bool:
+        """Whether a signal said that the conversation is to end."""
+        return self._number != 0
+
+    def check(self) -> None:
+        """Raise SystemExit when a signal said so."""
+        if self._number:
+            raise SystemExit(128 + self._number)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Nothing runs: a signal raises at once."""
+        self._stopped = False
+        self._waiting = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._waiting = False
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Something is written that a signal must not cut off."""
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping = False
 
     def _handle(self, number: int, frame: object) -> None:
-        if self._asked:
+        again, self._stopped = self._stopped, True
+        if number != signal.SIGINT:
+            self._number, again = self._number or number, False  # a terminal that is closed sends two
+        if self._keeping:
+            return
+        if self._waiting or again:
+            self.check()
             raise KeyboardInterrupt
-        self._asked = True
         self._stop()
+
+    def _listen(self) -> None:
+        """Python calls handlers between two instructions of the main thread, which may be in llama.cpp for long."""
+        with self._told:
+            while numbers := self._told.recv(64):
+                if not (self._waiting or self._keeping) and set(numbers) & self._before.keys():
+                    self._stop()

@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from predictor_onnx.cli import app as predictor_app
 
-from . import models, tools
+from . import files, models, tools
 from .config import SparseConfig
 from .cores import usable_cores
-from .errors import GenerationError, KvcastError
+from .errors import GenerationError, KvcastError, SessionError
 from .eval.cli import app as eval_app
 from .extras import install_line
+from .terminal import PLAIN, Console, line
 
 from llama_cpp import _logger  # isort: skip  (after .config, which says where the libraries are)
 
 if TYPE_CHECKING:
     from .cache import DocumentCache
-    from .chat import Conversation
+    from .chat import Conversation, Signals
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 app.add_typer(predictor_app, name="predictor")
@@ -58,6 +58,7 @@ Threads = Annotated[int | None, typer.Option(help="Compute threads; all physical
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
 
 DEFAULT = SparseConfig()
+TITLE_MAX = 200  # characters of a document's title that are shown
 
 
 @contextlib.contextmanager
@@ -127,17 +128,23 @@ def list_cache(clear: Annotated[bool, typer.Option("--clear", help="Remove them 
     documents = DocumentCache()
     if clear:
         notes.print(f"{documents.clear() / 1e6:.0f} MB freed", highlight=False)
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in ("document", "model", "tokens", "MB", "opened"):
-        table.add_column(column, justify="right" if column in ("tokens", "MB") else "left")
-    held = documents.entries()
-    for e in held:
-        opened = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.opened))
-        table.add_row(escape(e.title), escape(e.model), f"{e.n_tokens:,}", f"{e.n_bytes / 1e6:.0f}", opened)
-    console.print(table)
-    total = sum(e.n_bytes for e in held)
-    notes.print(f"{total / 1e6:.0f} MB of {documents.limit_bytes / 1e6:.0f} in {documents.folder}", highlight=False)
+    found = documents.look()
+    held = found.entries
+    if not clear:
+        table = Table(box=None, pad_edge=False)
+        for column in ("document", "model", "tokens", "MB", "opened"):
+            table.add_column(column, justify="right" if column in ("tokens", "MB") else "left")
+        for e in held:
+            opened = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.opened))
+            title, model = (escape(line(text[:TITLE_MAX])) for text in (e.title, e.model))
+            table.add_row(title, model, f"{e.n_tokens:,}", f"{e.n_bytes / 1e6:.0f}", opened)
+        console.print(table)
+        total = sum(e.n_bytes for e in held)
+        _say(f"{total / 1e6:.0f} MB of {documents.limit_bytes / 1e6:.0f} in {documents.folder}")
+    if found.damaged:
+        _say(f"{len(found.damaged)} damaged, which go when the next document is kept, or with --clear")
+    if found.others:
+        _say(f"left alone, since no document or not to be read: {line(', '.join(p.name for p in found.others)[:1000])}")
 
 
 @app.command()
@@ -166,10 +173,13 @@ def chat(
 ) -> None:
     """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
     from .cache import DocumentCache
-    from .chat import Conversation
+    from .chat import Conversation, Signals
     from .llama import Llama
+    from .session_file import check_place, made_with
     from .support import notes_on, sparse_if_tested
 
+    if session is not None:
+        check_place(session)
     sparse = _config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested)
     document = "\n\n".join(read_text(path) for path in file or [])
     more = _placement(gpu_layers, kv_type)
@@ -183,58 +193,69 @@ def chat(
         for note in notes_on(llm, context, more):
             _say(note)
         conversation = Conversation(llm, document)
-        if session is not None and session.exists():
-            conversation.resume(session)
-            notes.print(f"opened a conversation of {llm.n_tokens:,} tokens", highlight=False)
-        elif document:
-            _read_document(conversation, DocumentCache() if cache else None, ", ".join(path.name for path in file or []))
-        try:
-            _converse(conversation, max_tokens, temperature)
-        finally:  # whatever ended it
-            if session is not None and llm.n_tokens:
-                conversation.save(session)
+        with Signals(conversation.stop) as signals:
+            if session is not None:
+                made_with(llm)  # now, while the model's file is the one that was loaded
+                if session.exists():
+                    conversation.resume(session)
+                    notes.print(f"opened a conversation of {llm.n_tokens:,} tokens", highlight=False)
+            if document and not conversation.llm.n_tokens:
+                _read_document(conversation, signals, DocumentCache() if cache else None, ", ".join(path.name for path in file or []))
+            try:
+                _converse(conversation, signals, session, max_tokens, temperature)
+            finally:  # whatever ended it
+                if session is not None and conversation.unsaved and llm.n_tokens:
+                    with signals.keeping():
+                        conversation.save(session)
 
 
-def _read_document(conversation: Conversation, cache: DocumentCache | None, title: str) -> None:
-    from .chat import stop_on_interrupt
-
+def _read_document(conversation: Conversation, signals: Signals, cache: DocumentCache | None, title: str) -> None:
     llm = conversation.llm
     with progress("reading the document") as update:
         if llm.sparse is not None:
             llm.session.on_progress = update
         kept = False
-        with stop_on_interrupt(conversation.stop):
-            try:
-                kept = conversation.read(cache, title)
-            except GenerationError:
-                if not conversation.stopped:
-                    raise
-                notes.print("stopped before the document was read", highlight=False)
-                sys.exit(130)
-            except KvcastError as error:  # it was read all the same
-                notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        try:
+            kept = conversation.read(cache, title)
+        except GenerationError:
+            if not conversation.stopped:
+                raise
+            notes.print("stopped before the document was read", highlight=False)
+            signals.check()
+            sys.exit(130)
+        except KvcastError as error:  # it was read all the same
+            notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if llm.sparse is not None:
         llm.session.on_progress = None
     notes.print(f"{'opened' if kept else 'read'} {llm.n_tokens:,} tokens; ask away", highlight=False)
 
 
-def _converse(conversation: Conversation, max_tokens: int, temperature: float) -> None:
+def _converse(conversation: Conversation, signals: Signals, session: Path | None, max_tokens: int, temperature: float) -> None:
     """Questions and answers, until an empty line or the end of the input."""
-    from .chat import stop_on_interrupt
-
+    warned = False
     while True:
         try:
-            question = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
-        except (EOFError, KeyboardInterrupt):
+            with signals.waiting():
+                question = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+        except (EOFError, KeyboardInterrupt, OSError):  # the last: a terminal that is gone
             return
         if not question.strip():
             return
-        with stop_on_interrupt(conversation.stop):
-            for piece in conversation.ask(question, max_tokens=max_tokens, temperature=temperature):
-                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        for piece in conversation.ask(question, max_tokens=max_tokens, temperature=temperature):
+            if signals.ending:
+                conversation.stop()
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         console.print()
         assert conversation.figures is not None
         notes.print(conversation.figures.line(), style="dim", highlight=False)
+        if session is not None and conversation.is_small:
+            try:
+                with signals.keeping():
+                    conversation.save(session)
+            except SessionError as error:  # there may be room in the end
+                if not warned:
+                    notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+                warned = True
 
 
 @app.command()
@@ -359,7 +380,7 @@ def bench(
             n_threads=threads, n_steps=steps, n_rounds=rounds, predictors=others, also=also, say=status.update,
         )  # fmt: skip
     if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        files.write(json_file, json.dumps(report, indent=2) + "\n")
     show(report)
 
 
@@ -373,7 +394,7 @@ def _sweep(file, text, config, context, steps, rounds, threads, json_file) -> No
             file, text, config, contexts, budgets, [2, 4, 8, 16], n_threads=threads, n_steps=steps, n_rounds=rounds, say=status.update
         )
     if json_file:
-        json_file.write_text(json.dumps({"model": file.name, "threads": threads, "rows": rows}, indent=2) + "\n")
+        files.write(json_file, json.dumps({"model": file.name, "threads": threads, "rows": rows}, indent=2) + "\n")
     table = Table(box=None, pad_edge=False)
     for column in ("context", "budget", "hold", "tok/s", "recovery", "KL", "KB moved", "compression"):
         table.add_column(column, justify="right")
@@ -497,6 +518,8 @@ def main() -> None:
     """Entry point: errors of ours are one sentence and exit code 1."""
     # llama-cpp-python 0.3.36 numbers ggml's log levels one too low and so prints warnings as errors
     _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(PLAIN)
     try:
         app(standalone_mode=True)
     except (KvcastError, ValueError, TypeError) as error:

@@ -23,6 +23,7 @@ from predictor_onnx.protobuf import Damaged
 from predictor_onnx.runtime import onnxruntime
 
 from .errors import KvcastError, ModelError
+from .files import reason, replacing, write
 from .gguf_file import GgufFile
 
 ONNX, CARD, SHA256 = (f"kvcast.predictor.{name}" for name in ("onnx", "card", "sha256"))
@@ -112,7 +113,7 @@ def embed(source: Path, predictor: Path, out: Path, progress: Callable[[int, int
         The network cannot be used.
     """
     with GgufFile(source) as gguf:
-        if out.exists() and out.samefile(source):
+        if os.path.exists(out) and out.samefile(source):
             raise KvcastError(f"the result cannot replace the file that it is made from, {str(source)!r}; name another one")
         open_predictor(predictor)
         network = read_file(predictor)
@@ -126,21 +127,15 @@ def embed(source: Path, predictor: Path, out: Path, progress: Callable[[int, int
         free = shutil.disk_usage(out.parent).free
         if n_bytes > free:
             raise KvcastError(f"{str(out)!r} needs {n_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make room")
-        partial = out.with_name(f"{out.name}.{os.getpid()}.part")
         try:
-            with source.open("rb") as before, partial.open("xb") as after:
+            with source.open("rb") as before, replacing(out) as after:
                 after.write(metadata)
                 before.seek(gguf.data_offset)
                 while chunk := before.read(CHUNK):
                     after.write(chunk)
                     progress(after.tell(), n_bytes)
-                after.flush()
-                os.fsync(after.fileno())
-            partial.replace(out)
         except OSError as error:
-            raise KvcastError(f"{str(out)!r} could not be written ({error}); nothing was changed") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            raise KvcastError(f"{str(out)!r} could not be written ({reason(error)}); nothing was changed") from error
 
 
 def extract(source: Path, out: Path) -> None:
@@ -160,11 +155,8 @@ def extract(source: Path, out: Path) -> None:
     if found is None:
         raise ModelError(f"{str(source)!r} has no embedded predictor; `kvcast embed-predictor` puts one in")
     network = found.checked()
-    try:
-        out.write_bytes(network)
-        out.with_suffix(".json").write_text(found.card, encoding="utf-8")
-    except OSError as error:
-        raise KvcastError(f"{str(out)!r} could not be written ({error}); name another place") from error
+    write(out, network)
+    write(out.with_suffix(".json"), found.card)
 
 
 def _card(predictor: Path) -> str:

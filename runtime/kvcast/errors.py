@@ -31,6 +31,14 @@ class SessionError(KvcastError):
     """A session cannot be saved, or a file of one cannot be used; the session in hand goes on."""
 
 
+class SessionDamaged(SessionError):
+    """A file is one of a session, and certainly not what was saved; ``how`` says what is wrong with it."""
+
+    def __init__(self, message: str, how: str):
+        super().__init__(message)
+        self.how = how
+
+
 class GenerationError(KvcastError):
     """A step failed; the store holds everything up to the step before."""
 

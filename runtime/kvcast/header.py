@@ -12,6 +12,7 @@ from .gguf_file import GgufFile, row_size
 SWA_PERIOD = {"cohere2": 4, "gemma3": 6, "olmo2": 4}  # of so many layers the last attends to everything, where the file says nothing else
 N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
 HEAD_MAX = 1 << 16  # heads, and channels of each
+ROPE_SCALING = ("none", "linear", "yarn", "longrope")  # that llama.cpp knows
 WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
 
 
@@ -29,6 +30,8 @@ class Header:
         Of the token embedding where the output has a matrix of its own: that much stays in host memory when the layers go to a device.
     embedded : Embedded or None
         The predictor that travels in the file, unchecked.
+    n_split : int
+        Files that the model lies in.
     """
 
     arch: str
@@ -46,6 +49,7 @@ class Header:
     weights_bytes: int
     embedding_bytes: int
     embedded: Embedded | None
+    n_split: int
 
     @property
     def n_layer_served(self) -> int:
@@ -118,6 +122,7 @@ def header_of(gguf: GgufFile) -> Header:
         weights_bytes=sum(bytes_of.values()),
         embedding_bytes=bytes_of.get("token_embd.weight", 0) if "output.weight" in bytes_of else 0,
         embedded=embedded_in(gguf),
+        n_split=_most(gguf.get("split.count"), 1),
     )
 
 
@@ -145,4 +150,7 @@ def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
         epsilon = gguf.get(f"{arch}.attention.{key}")
         if isinstance(epsilon, float) and not epsilon >= 0:
             return f"its {key} is {epsilon}, and not 0 or more"
+    scaling = gguf.get(f"{arch}.rope.scaling.type")
+    if isinstance(scaling, str) and scaling not in ROPE_SCALING:
+        return f"its RoPE scaling is {scaling[:40]!r}, and not one of {', '.join(ROPE_SCALING)}"
     return "its vocabulary has the same token twice" if len(set(tokens)) < len(tokens) else ""

@@ -15,6 +15,7 @@ from .native import BLOCK_TOKENS
 
 ALL = slice(None)
 MOST_WAITING = 8  # steps of one list
+SCORE_MAX = 2.0  # in a file; the attention of a block is at most 1, and rounding adds little
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.97)  # the first is the last score itself
 
 
@@ -319,6 +320,24 @@ class History:
             n_steps = min(len(self._ring), self._n_in_ring)
             arrays["last_steps"] = self._ring[self._places(n_steps), :, :n_blocks]
         return arrays
+
+    def check(self, arrays: dict[str, npt.NDArray], n_blocks: int) -> None:
+        """Whether ``take`` can take this, of anybody's: what a history of this shape has ``kept`` of ``n_blocks`` blocks.
+
+        Raises
+        ------
+        ValueError
+            It is of another type or shape, or is no share of attention.
+        """
+        n_rows, n_decays, _ = self.averages.shape
+        for name, shape in (("averages", (n_rows, n_decays, n_blocks)), ("last_steps", (-1, n_rows, n_blocks))):
+            x = arrays.get(name)
+            if x is None:
+                continue
+            if x.dtype != np.float32 or x.ndim != 3 or any(n not in (-1, m) for n, m in zip(shape, x.shape)):
+                raise ValueError(f"{name} is of another shape")
+            if not ((x >= 0) & (x <= SCORE_MAX)).all():  # nor nan
+                raise ValueError(f"{name} holds what is no share of attention")
 
     def take(self, arrays: dict[str, npt.NDArray[np.float32]], n_observed: int) -> bool:
         """Go on from what was ``kept``, on a history of which nothing is known. False: it lacks something, and nothing was taken."""

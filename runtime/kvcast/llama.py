@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 from jinja2 import TemplateError
 
-from . import native, session_file, sizes
+from . import identity, native, session_file, sizes
 from .config import SparseConfig
 from .cores import usable_cores
 from .device import DeviceSession
@@ -86,6 +86,8 @@ class Llama(Lifetime, llama_cpp.Llama):
                 kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
             kwargs = {"swa_full": False, **kwargs, "offload_kqv": False, "flash_attn": True}
         header = read_header(model_path)
+        self._stamps = identity.stamps(identity.files_of(model_path, header.n_split))
+        self._lora_stamps = identity.stamps([path] if (path := kwargs.get("lora_path")) else [])
         if sparse is not None and not sparse.untested and header.arch not in TESTED:
             if error := refusal(model_path):
                 raise error
@@ -437,7 +439,8 @@ class Llama(Lifetime, llama_cpp.Llama):
         (``logits_all``): ``generate`` with exactly the saved tokens runs the last one again.
 
         The file is written beside ``path`` and takes its place when it is whole and on the disk: whatever happens, ``path`` is
-        the old session or the new one.
+        the old session or the new one. It is its owner's alone (0600), or has the permissions of the one that was there; a link is
+        followed.
 
         Parameters
         ----------
@@ -453,11 +456,19 @@ class Llama(Lifetime, llama_cpp.Llama):
         session_file.save(self, Path(path), about or {})
 
     @inside
-    def load_session(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+    def load_session(self, path: str | os.PathLike[str], check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Go on with a session that ``save_session`` kept; what this one held is gone.
 
         The context may be of another size. A session that was saved dense, or with settings that remember less than these, is
         taken in without a history, which the next evaluation makes again from the last 64 tokens.
+
+        Everything in the file is checked before this session is touched: it may be anybody's, and a checksum that fits means nothing.
+
+        Parameters
+        ----------
+        path : str or path
+        check : callable or None
+            Called with the ``about`` of ``save_session`` when the file is known to be whole; what it raises refuses the file.
 
         Returns
         -------
@@ -467,10 +478,10 @@ class Llama(Lifetime, llama_cpp.Llama):
         Raises
         ------
         SessionError
-            The file is missing, damaged, of another version, model or KV settings, or does not fit the context; the session in
-            hand goes on.
+            The file is missing, of another version, model or KV settings, or does not fit the context, or (``SessionDamaged``) holds
+            what no session of this model does; the session in hand goes on.
         """
-        return session_file.load(self, Path(path))
+        return session_file.load(self, Path(path), check)
 
     def close(self) -> None:
         """Free everything. Safe to call twice, and at any moment from any thread or callback: what runs is stopped, and freed when it ends;

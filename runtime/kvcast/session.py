@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ HISTORY_TOKENS = 64  # of a prompt, in history mode
 GUARD_TOKENS = 8  # of those, held back to try the predictor on
 GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
 HISTORY_BYTES_MAX = 1 << 30  # of their scores, on the host
+COUNT_MAX = 1 << 40  # of steps, in a file
 LOOK_S = 1.0  # how often one who waits looks whether the thread beside still lives
 OVERLAP_MIN = 1 << 18  # rows * blocks from which selecting is worth a thread of its own (a millisecond or more)
 
@@ -261,21 +263,51 @@ class Session:
         self.history.change_from(0)  # predictions made anew differ in their last digits
         return numbers, {**arrays, "summary": self.attached.summary_state}
 
-    def restore(self, numbers: dict[str, int | bool], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
-        """Go on from what was saved, with the same store. Where it lacks what this session needs, nothing is known then."""
+    def check(self, numbers: dict[str, Any], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
+        """Whether ``restore`` can take this, of anybody's: what ``save`` yields with this model and any settings.
+
+        Raises
+        ------
+        ValueError
+            A number or an array is missing, of another type or shape, or out of range.
+        """
+        if not numbers and not arrays:
+            return
+        bounds: dict[str, tuple[type, int, int]] = {
+            "n_observed": (int, 1, COUNT_MAX),
+            "since_calibration": (int, 0, COUNT_MAX),
+            "poor": (bool, 0, 1),
+            "n_summarised": (int, 0, n_tokens),
+            "fell_back": (bool, 0, 1),
+        }
+        if numbers.keys() != bounds.keys():
+            raise ValueError("its numbers are others")
+        for name, (kind, least, most) in bounds.items():
+            if type(numbers[name]) is not kind or not least <= numbers[name] <= most:
+                raise ValueError(f"{name} is no number that it can be")
+        if not {"averages", "summary"} <= arrays.keys():
+            raise ValueError("an array is missing")
+        self.history.check(arrays, n_tokens // native.BLOCK_TOKENS)
+        summary, info = arrays["summary"], self.attached.info
+        most = 4 * self.n_rows * 5 * info.head_dim_k  # channels, and four numbers of each
+        if summary.ndim != 1 or not len(summary) <= most:
+            raise ValueError("summary is of another shape")
+        if self.attached.n_summary_state and len(summary) and not self.attached.takes_summary_state(summary):
+            raise ValueError("summary names a channel that no head has, or holds a number of no sane size")
+
+    def restore(self, numbers: dict[str, Any], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
+        """Go on from what was saved and passes ``check``, with the same store. Where it lacks what this session needs, nothing is known
+        then."""
         self.forget()
         self._clear_set()
-        if not all(isinstance(x, int) for x in numbers.values()):
-            return
-        summary = arrays.get("summary")
-        if summary is None or self.attached.n_summary_state not in (0, len(summary)):
+        if not numbers or self.attached.n_summary_state not in (0, len(arrays["summary"])):
             return
         if not self.history.take(arrays, numbers["n_observed"]):
             return
         if self.attached.n_summary_state:
-            self.attached.summary_state = summary
+            self.attached.summary_state = arrays["summary"]
         self.n_tokens, self._n_summarised = n_tokens, numbers["n_summarised"]
-        self._since_calibration, self._poor = numbers["since_calibration"], bool(numbers["poor"])
+        self._since_calibration, self._poor = numbers["since_calibration"], numbers["poor"]
         if numbers["fell_back"] and isinstance(self.predictor, predictors.Learned):
             self._fall_back()
         elif not numbers["fell_back"] and self._passed_over is not None:

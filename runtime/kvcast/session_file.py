@@ -3,80 +3,104 @@ a checksum. Sessions that users save and the documents that are kept on disk (``
 
 Layout: llama.cpp's state file (tokens and KV cache) | arrays, .npz | JSON | its length | ``TAIL``: BLAKE2b of everything before it,
 version, magic. A file is written beside its name and takes the name when all of it is on the disk.
+
+Anybody can make a file whose checksum fits. So every value is looked at for type, range, shape and size before it is used, and all of
+them before anything of the session in hand is touched.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import hashlib
 import io
 import json
+import math
 import os
 import struct
+import tokenize
 import zipfile
-import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
-from . import native
-from .errors import SessionError
+from . import files, identity, native
+from .errors import SessionDamaged, SessionError
+from .terminal import line
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
 
 if TYPE_CHECKING:
     from .llama import Llama
 
-VERSION = 1
+VERSION = 2
+LISTED = (1, VERSION)  # versions whose description says what they are
 MAGIC = b"\x00kvcast\n"
 LENGTH = struct.Struct("<Q")
 TAIL = struct.Struct("<32sI8s")
 STATE_HEADER = struct.Struct("<III")  # llama.cpp's magic and version, number of tokens
 CHUNK = 1 << 24
+DESCRIPTION_MAX = 1 << 26  # bytes; of a document in the cache a few hundred
+N_BYTES_MAX = 1 << 53
 REMEDY = "use a copy of it, or start over"
-# what NumPy and zipfile raise on arrays that are none
-UNREADABLE = (
-    *(ValueError, TypeError, KeyError, OverflowError, EOFError, OSError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
-)
-OF_THE_CACHE = ("rope_", "yarn_", "type_k", "type_v", "flash_attn")  # context parameters that a state depends on
+OF_THE_CACHE = ("rope_", "yarn_", "type_k", "type_v", "flash_attn", "attention_type")  # context parameters that a state depends on
 OF_WINDOWS = ("swa_full", "n_ubatch")  # the same of a model with sliding-window layers
+# what NumPy raises on a header that is none
+UNREADABLE = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, EOFError, RecursionError)
+ARRAYS = {"averages": np.dtype("<f4"), "last_steps": np.dtype("<f4"), "summary": np.dtype("u1")}
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A file that was read and found whole.
+class Meta:
+    """A file's description, checked.
 
     Attributes
     ----------
-    meta : dict
-        ``made_with`` (see there), ``model`` (a file name), ``n_tokens``, ``seed``, ``numbers`` (of the session), ``about`` (the
-        caller's), ``n_state`` and ``n_arrays`` (bytes).
-    tokens : int32, shape (n_tokens,)
-    state : uint8, shape (n_bytes,)
-        llama.cpp's, in the mapped file.
-    arrays : dict of arrays
-        Of the session; none when it knew nothing, or ran dense.
+    made_with : dict
+        See ``made_with``.
+    model : str
+        A file name.
+    n_tokens : int
+    seed : int
+    numbers : dict
+        Of the session; see ``Session.restore``.
+    about : dict
+        The caller's.
+    n_state, n_arrays : int
+        Bytes.
     """
 
-    meta: dict[str, Any]
-    tokens: npt.NDArray[np.int32]
-    state: npt.NDArray[np.uint8]
-    arrays: dict[str, np.ndarray]
+    made_with: dict[str, Any]
+    model: str
+    n_tokens: int
+    seed: int
+    numbers: dict[str, Any]
+    about: dict[str, Any]
+    n_state: int
+    n_arrays: int
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.model, str) and all(isinstance(x, dict) for x in (self.made_with, self.numbers, self.about))
+        good &= all(type(x) is int and 0 <= x < N_BYTES_MAX for x in (self.n_tokens, self.n_state, self.n_arrays))
+        if not good or type(self.seed) is not int or not -(1 << 63) <= self.seed < 1 << 63:
+            raise TypeError("a field is of another type or size")
 
 
 def save(llm: Llama, path: Path, about: dict[str, Any]) -> None:
     """See ``Llama.save_session``."""
+    if llm.n_tokens > len(llm.input_ids):
+        raise SessionError(
+            f"the context holds {llm.n_tokens} tokens, and only {len(llm.input_ids)} of them are known; cut it with n_tokens"
+        )
+    origin = made_with(llm)
     numbers, arrays = ({}, {}) if llm.sparse is None else llm.session.save(llm.n_tokens)
     llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)
     llm._requires_eval = True  # logits are not saved: here as after a load, the last token is run once more where they are needed
     meta = {
-        "made_with": made_with(llm),
+        "made_with": origin,
         "model": Path(llm.model_path).name,
         "n_tokens": llm.n_tokens,
         "seed": llm._seed,
@@ -84,190 +108,316 @@ def save(llm: Llama, path: Path, about: dict[str, Any]) -> None:
         "about": about,
     }
     try:
-        remove_partial(path.parent, path.name)
-        _write(path, llm, meta, arrays)
+        with files.replacing(path, private=True) as file:
+            _write(file, llm, meta, arrays)
+            _look_through(llm, file, path)
+    except SessionDamaged as error:
+        raise SessionError(f"the session cannot be saved as {str(path)!r}: {error.how}; llama.cpp would not open it again") from error
     except (OSError, MemoryError) as error:
-        reason = "memory ran out" if isinstance(error, MemoryError) else error.strerror or error
+        reason = "memory ran out" if isinstance(error, MemoryError) else files.reason(error)
         raise SessionError(f"the session cannot be saved as {str(path)!r} ({reason}); free some space or choose another place") from error
 
 
-def load(llm: Llama, path: Path) -> dict[str, Any]:
+def load(llm: Llama, path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """See ``Llama.load_session``."""
-    try:
-        saved = read(path)
-    except MemoryError as error:
-        raise SessionError(f"memory ran out while {str(path)!r} was read; close something, the session in hand goes on") from error
-    try:
-        _check(llm, saved, path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, "its description lacks something") from error
-    with native.quiet():
-        pointer = saved.state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        good = llama_cpp.llama_state_set_data(llm.ctx, pointer, len(saved.state)) == len(saved.state)
-    llm.n_tokens = len(saved.tokens) if good else 0
-    llm.input_ids[: llm.n_tokens] = saved.tokens[: llm.n_tokens]
+    with _open(path) as file:
+        try:
+            meta, tokens, arrays = _look_through(llm, file, path)
+        except MemoryError as error:
+            raise SessionError(f"memory ran out while {str(path)!r} was read; close something, the session in hand goes on") from error
+        if check is not None:
+            check(meta.about)
+        try:
+            file.seek(STATE_HEADER.size + 4 * meta.n_tokens)
+            native.read_state(llm.ctx, lambda part: _fill(file, part), meta.n_state)
+        except BaseException as error:
+            _empty(llm)
+            if not isinstance(error, (native.StateRefused, OSError, MemoryError)):  # Ctrl-C, say
+                raise
+            raise SessionError(f"{str(path)!r} changed while it was taken in ({error}); the context is empty now, start over") from error
+    llm.n_tokens = meta.n_tokens
+    llm.input_ids[: llm.n_tokens] = tokens
     llm._requires_eval = True
     llm._forget()
-    if not good:
-        raise SessionError(f"llama.cpp could not take in the state in {str(path)!r}; the context is empty now, start over")
     if llm.sparse is not None:
         try:
-            llm.session.restore(saved.meta["numbers"], saved.arrays, llm.n_tokens)
-        except (KeyError, TypeError, ValueError):  # the history is made again, from the last tokens
+            llm.session.restore(meta.numbers, arrays, llm.n_tokens)
+        except MemoryError:  # the history is made again, from the last tokens
             llm.session.forget()
-    llm._seed = saved.meta["seed"]
-    return saved.meta["about"]
+    llm._seed = meta.seed
+    return meta.about
 
 
 def made_with(llm: Llama) -> dict[str, Any]:
-    """What decides the bytes of a state, the tokens aside: the model's file, and settings of the KV cache."""
+    """What decides the bytes of a state, the tokens aside: the model's files, and settings of the KV cache.
+
+    Raises
+    ------
+    SessionError
+        The model's file was changed since it was loaded.
+    """
     params = llm.context_params
     deciding = (*OF_THE_CACHE, *(OF_WINDOWS if llm.header.n_swa else ()))
     settings = {name: str(getattr(params, name)) for name, *_ in params._fields_ if name.startswith(deciding)}
-    changes = {"lora_path": str(llm.lora_path), "lora_scale": llm.lora_scale, "kv_overrides": str(llm.kv_overrides)}
-    file = Path(llm.model_path).stat()
-    digest = _model_digest(llm.model_path, file.st_size, file.st_mtime_ns)
-    return {"model": [file.st_size, digest], "state_version": llama_cpp.LLAMA_SESSION_VERSION, **settings, **changes}
+    changes = {"lora": identity.digest(llm._lora_stamps), "lora_scale": llm.lora_scale, "kv_overrides": str(llm.kv_overrides)}
+    return {"model": identity.digest(llm._stamps), "state_version": llama_cpp.LLAMA_SESSION_VERSION, **settings, **changes}
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """``Saved.meta``, without a look at the rest.
+    """The description of a file, without a look at the rest, so that what it says is not certain; also of an older version.
 
     Raises
     ------
     SessionError
-        The file is missing, of another kind or version, or cut short.
+        The file is missing or of another kind or version; ``SessionDamaged``: it was one, and was cut short or changed.
+    """
+    with _open(path) as file:
+        return _description(file, path, LISTED)[0]
+
+
+def check_place(path: Path) -> None:
+    """Say now what would keep a session from being saved there or, where one is, from being opened.
+
+    Raises
+    ------
+    SessionError
+        There is no such folder, it cannot be written, or ``path`` is another kind of file.
     """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL.size - LENGTH.size))
-            end = file.read()
-            if len(end) < TAIL.size + LENGTH.size or not end.endswith(MAGIC):
-                raise SessionError(f"{str(path)!r} is not a session of kvcast, or was cut short; {REMEDY}")
-            _, version, _ = TAIL.unpack(end[LENGTH.size :])
-            if version != VERSION:
-                raise SessionError(
-                    f"{str(path)!r} is a session of version {version}, and this kvcast reads {VERSION}; use the kvcast that wrote it"
-                )
-            n_bytes = min(size - len(end), *LENGTH.unpack(end[: LENGTH.size]))
-            file.seek(size - len(end) - n_bytes)
-            meta = json.loads(file.read(n_bytes))
-            if not isinstance(meta, dict):
-                raise ValueError("no description")
-            return meta
+        files.check_place(path)
     except OSError as error:
-        raise SessionError(f"the session {str(path)!r} cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "its description cannot be read") from error
-
-
-def read(path: Path) -> Saved:
-    """Read and check a file.
-
-    Raises
-    ------
-    SessionError
-        It is missing, of another kind or version, cut short or damaged.
-    """
-    meta = read_meta(path)
-    with path.open("rb") as file:
-        n_checked = file.seek(0, os.SEEK_END) - TAIL.size
-        if _checksum(file, n_checked) != TAIL.unpack(file.read())[0]:
-            raise _damaged(path, "its checksum does not match")
-        file.seek(0)
-        try:
-            _, _, n_tokens = STATE_HEADER.unpack(file.read(STATE_HEADER.size))
-            tokens = np.frombuffer(file.read(4 * n_tokens), np.int32)
-            begin = file.tell()
-            file.seek(meta["n_state"], os.SEEK_CUR)
-            with np.load(io.BytesIO(file.read(meta["n_arrays"]))) as arrays:
-                return Saved(meta, tokens, np.memmap(path, np.uint8, "r", begin, (meta["n_state"],)), dict(arrays))
-        except UNREADABLE as error:
-            raise _damaged(path, "its parts are not where its description says") from error
-
-
-def remove_partial(folder: Path, name: str = "") -> None:
-    """Remove what processes that are gone left half-written in a folder: of all files, or of one."""
-    for partial in folder.glob("*.part"):
-        stem, _, process = partial.name.removesuffix(".part").rpartition(".")
-        if process.isdigit() and stem == (name or stem) and not psutil.pid_exists(int(process)):
-            partial.unlink(missing_ok=True)
+        raise SessionError(f"no session can be saved as {str(path)!r} ({files.reason(error)}); choose another place") from error
+    if path.exists():
+        with _open(path) as file:
+            _description(file, path, (VERSION,))
 
 
 # ---- inside
 
 
-def _damaged(path: Path, how: str) -> SessionError:
-    return SessionError(f"{str(path)!r} is damaged: {how}; {REMEDY}")
+def _damaged(path: Path, how: str) -> SessionDamaged:
+    return SessionDamaged(f"{str(path)!r} is damaged: {how}; {REMEDY}", how)
 
 
-def _check(llm: Llama, saved: Saved, path: Path) -> None:
-    """Whether this model can go on with it."""
-    theirs, ours = saved.meta["made_with"], made_with(llm)
-    if not (isinstance(saved.meta["numbers"], dict) and isinstance(saved.meta["about"], dict) and isinstance(saved.meta["seed"], int)):
-        raise TypeError("a field is of another type")
-    if not (saved.tokens < llm.n_vocab()).all() or not (saved.tokens >= 0).all():
-        raise TypeError("a token that the model does not have")
-    if theirs["model"] != ours["model"]:
-        raise SessionError(f"{str(path)!r} was saved with another model, {saved.meta['model']!r}; load that one to go on with it")
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise SessionError(
-                f"{str(path)!r} was saved with {name}={theirs.get(name)}, and this model is loaded with {value}; load it with the same"
-            )
-    if len(saved.tokens) > llm.n_ctx():
-        raise SessionError(
-            f"{str(path)!r} holds {len(saved.tokens)} tokens, and the context {llm.n_ctx()}; load the model with a larger n_ctx (--context)"
-        )
-
-
-def _write(path: Path, llm: Llama, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
-    packed = io.BytesIO()
-    np.savez(packed, **arrays)
-    n_state = llama_cpp.llama_state_get_size(llm.ctx)
-    description = json.dumps({**meta, "n_state": n_state, "n_arrays": packed.getbuffer().nbytes}).encode()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """The file, for one look at it: a save puts another in its place and leaves this one as it is."""
     try:
-        partial.open("wb").close()  # says why it cannot be, which llama.cpp does not
-        tokens = (llama_cpp.llama_token * llm.n_tokens)(*llm.input_ids[: llm.n_tokens].tolist())
-        with native.quiet():
-            good = llama_cpp.llama_state_save_file(llm.ctx, os.fsencode(partial), tokens, llm.n_tokens)
-        if not good or partial.stat().st_size != STATE_HEADER.size + 4 * llm.n_tokens + n_state:
-            raise OSError("llama.cpp could not write all of it")
-        with partial.open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(packed.getbuffer())
-            file.write(description)
-            file.write(LENGTH.pack(len(description)))
-            checksum = _checksum(file, file.tell())
-            file.write(TAIL.pack(checksum, VERSION, MAGIC))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        with files.open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise SessionError(f"the session {str(path)!r} cannot be read ({files.reason(error)}); check the path") from error
+
+
+def _fill(file: IO[bytes], part: memoryview) -> None:
+    while part:
+        n = file.readinto(part)  # type: ignore[attr-defined]
+        if not n:
+            raise OSError("it became shorter while it was read")
+        part = part[n:]
+
+
+def _description(file: IO[bytes], path: Path, versions: tuple[int, ...]) -> tuple[dict[str, Any], int]:
+    """What the end of a file says, and where that begins."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - TAIL.size - LENGTH.size))
+    end = file.read(TAIL.size + LENGTH.size)
+    if len(end) < TAIL.size + LENGTH.size or not end.endswith(MAGIC):
+        message = f"{str(path)!r} is not a session of kvcast, or was cut short; {REMEDY}"
+        file.seek(0)
+        begin = file.read(STATE_HEADER.size)
+        ours = len(begin) == STATE_HEADER.size and STATE_HEADER.unpack(begin)[0] == llama_cpp.LLAMA_SESSION_MAGIC
+        raise SessionDamaged(message, "it was cut short") if ours else SessionError(message)
+    _, version, _ = TAIL.unpack(end[LENGTH.size :])
+    if version not in versions:
+        why = ", which knows a model by a part of its file only" if version == 1 else ""
+        raise SessionError(
+            f"{str(path)!r} is a session of version {version}{why}, and this kvcast reads {VERSION}; "
+            "use the kvcast that wrote it, or start over"
+        )
+    n_bytes = LENGTH.unpack(end[: LENGTH.size])[0]
+    begin_of_it = size - len(end) - n_bytes
+    if n_bytes > DESCRIPTION_MAX or begin_of_it < 0:
+        raise _damaged(path, "its description has no such length")
+    file.seek(begin_of_it)
+    try:
+        meta = json.loads(file.read(n_bytes))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "its description cannot be read") from error
+    if not isinstance(meta, dict):
+        raise _damaged(path, "its description cannot be read")
+    return meta, begin_of_it
+
+
+def _look_through(llm: Llama, file: IO[bytes], path: Path) -> tuple[Meta, npt.NDArray[np.int32], dict[str, np.ndarray]]:
+    """Read and check a whole file, for this model. Nothing of the model is touched."""
+    found, end = _description(file, path, (VERSION,))
+    try:
+        meta = Meta(**found)
+    except TypeError as error:
+        raise _damaged(path, "its description lacks something") from error
+    try:
+        _check_origin(llm, meta, path)
+    except SessionError as error:  # of a description that may be damaged
+        if _checksum(file) != _kept_checksum(file):
+            raise _damaged(path, "its checksum does not match") from error
         raise
+    if STATE_HEADER.size + 4 * meta.n_tokens + meta.n_state + meta.n_arrays != end:
+        raise _damaged(path, "its parts are not where its description says")
+
+    checksum = hashlib.blake2b(digest_size=32)
+
+    def take(part: memoryview) -> None:
+        _fill(file, part)
+        checksum.update(part)
+
+    def take_bytes(n_bytes: int) -> bytes:
+        taken = bytearray(n_bytes)
+        take(memoryview(taken))
+        return bytes(taken)
+
+    file.seek(0)
+    header = STATE_HEADER.unpack(take_bytes(STATE_HEADER.size))
+    if header != (llama_cpp.LLAMA_SESSION_MAGIC, llama_cpp.LLAMA_SESSION_VERSION, meta.n_tokens):
+        raise _damaged(path, "its beginning is not that of a state of llama.cpp")
+    tokens = np.frombuffer(take_bytes(4 * meta.n_tokens), np.int32)
+    if not ((tokens >= 0) & (tokens < llm.n_vocab())).all():
+        raise _damaged(path, "it has a token that the model does not have")
+    try:
+        native.check_state(llm.ctx, take, meta.n_state, meta.n_tokens)
+    except native.StateRefused as error:
+        raise _damaged(path, f"of its state, {error}") from error
+    packed = take_bytes(meta.n_arrays) if meta.n_arrays <= _most_packed(llm, meta.n_tokens) else b""
+    if len(packed) < meta.n_arrays:
+        raise _damaged(path, "its arrays are larger than this model's can be")
+    while n := min(CHUNK, os.fstat(file.fileno()).st_size - TAIL.size - file.tell()):
+        take_bytes(n)
+    if checksum.digest() != _kept_checksum(file):
+        raise _damaged(path, "its checksum does not match")
+    if llm.sparse is None:
+        return meta, tokens, {}
+    try:
+        arrays = _unpack(packed)
+        llm.session.check(meta.numbers, arrays, meta.n_tokens)
+    except UNREADABLE as error:
+        raise _damaged(path, f"of what it remembers of attention, {_said(error)}") from error
+    return meta, tokens, arrays
 
 
-def _checksum(file: IO[bytes], n_bytes: int) -> bytes:
-    """Of the first bytes of a file, which is left where they end."""
+def _checksum(file: IO[bytes]) -> bytes:
+    """Of all but the tail."""
+    n_bytes = file.seek(0, os.SEEK_END) - TAIL.size
     file.seek(0)
     digest = hashlib.blake2b(digest_size=32)
-    while n_bytes > 0:
-        chunk = file.read(min(CHUNK, n_bytes))
-        if not chunk:
-            break
+    while chunk := file.read(min(CHUNK, n_bytes)):
         digest.update(chunk)
         n_bytes -= len(chunk)
     return digest.digest()
 
 
-@functools.lru_cache(maxsize=8)
-def _model_digest(path: str, size: int, mtime_ns: int) -> str:
-    """A hash of both ends of a file: a GGUF's header with all metadata, and the last weights. A whole file takes too long."""
-    with open(path, "rb") as file:
-        digest = hashlib.blake2b(file.read(CHUNK))
-        file.seek(max(0, size - CHUNK))
-        digest.update(file.read(CHUNK))
-    return digest.hexdigest()
+def _kept_checksum(file: IO[bytes]) -> bytes:
+    file.seek(-TAIL.size, os.SEEK_END)
+    return TAIL.unpack(file.read(TAIL.size))[0]
+
+
+def _said(error: BaseException) -> str:
+    return line(str(error))[:200] if isinstance(error, ValueError) else "a part cannot be read"
+
+
+def _check_origin(llm: Llama, meta: Meta, path: Path) -> None:
+    """Whether this model can go on with it."""
+    theirs, ours = meta.made_with, made_with(llm)
+    if theirs.get("model") != ours["model"]:
+        raise SessionError(f"{str(path)!r} was saved with another model, {meta.model[:200]!r}; load that one to go on with it")
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            if name == "lora":
+                raise SessionError(f"{str(path)!r} was saved with another LoRA, or with none; load the model with the same")
+            their = line(str(x)[:200]) if isinstance(x := theirs.get(name), (str, int, float)) else "nothing that can be read"
+            raise SessionError(f"{str(path)!r} was saved with {name}={their}, and this model is loaded with {value}; load it with the same")
+    n_ctx = min(llm.n_ctx(), len(llm.input_ids))
+    if meta.n_tokens > n_ctx:
+        raise SessionError(
+            f"{str(path)!r} holds {meta.n_tokens} tokens, and the context {n_ctx}; load the model with a larger n_ctx (--context)"
+        )
+
+
+def _most_packed(llm: Llama, n_tokens: int) -> int:
+    """Bytes that arrays can have: those of a file that was made with this model, with any settings."""
+    header = llm.header
+    rows, dims, n_blocks = header.n_layer * header.n_head_kv, header.head_dim_k, n_tokens // native.BLOCK_TOKENS
+    return 4 * rows * ((MOST_STEPS + 8) * n_blocks + 8 * dims) + (1 << 16)
+
+
+MOST_STEPS = 256  # of last_steps; the published predictors keep some 70
+
+
+def _unpack(packed: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an .npz as ``np.savez`` writes it: not compressed, each once, of one of our names and its type.
+
+    Raises
+    ------
+    ValueError, and what NumPy raises
+        It is another one.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                plain = member.compress_type == zipfile.ZIP_STORED and member.file_size == member.compress_size and not member.flag_bits & 1
+                if not plain:
+                    raise ValueError("its parts are not where they should be, or packed")
+                if name not in ARRAYS or name in arrays or not member.filename.endswith(".npy"):
+                    raise ValueError(f"{name[:40]!r} is not one of its arrays, or there twice")
+                arrays[name] = _array(archive.read(member), ARRAYS[name], name)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, OSError, RuntimeError, LookupError) as error:
+        raise ValueError("its parts are not where they should be") from error
+    return arrays
+
+
+def _array(data: bytes, kind: np.dtype, name: str) -> np.ndarray:
+    """An array in NumPy's own format, little-endian, in C's order, without objects."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{name} is of another version of NumPy's format")
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except (MemoryError, tokenize.TokenError) as error:  # the first is what Python's parser says of what is nested too deep
+        raise ValueError(f"{name} has no header that can be read") from error
+    good = dtype == kind and not (fortran and len(shape) > 1) and all(type(n) is int and n >= 0 for n in shape)
+    if not good or math.prod(shape) * kind.itemsize != len(data) - file.tell():
+        raise ValueError(f"{name} is of another type or size")
+    return np.frombuffer(data, kind, offset=file.tell()).reshape(shape)
+
+
+def _empty(llm: Llama) -> None:
+    """The store was emptied by a load that failed."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
+    llm.n_tokens = 0
+    llm._requires_eval = True
+    llm._forget()
+
+
+def _write(file: IO[bytes], llm: Llama, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+    checksum = hashlib.blake2b(digest_size=32)
+
+    class Out:
+        def write(self, part: Any) -> None:
+            file.write(part)
+            checksum.update(part)
+
+    out: Any = Out()
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    out.write(STATE_HEADER.pack(llama_cpp.LLAMA_SESSION_MAGIC, llama_cpp.LLAMA_SESSION_VERSION, llm.n_tokens))
+    out.write(np.ascontiguousarray(llm.input_ids[: llm.n_tokens], np.int32).tobytes())
+    n_state = native.write_state(llm.ctx, out)
+    out.write(packed.getbuffer())
+    description = json.dumps({**meta, "n_state": n_state, "n_arrays": packed.getbuffer().nbytes}).encode()
+    if len(description) > DESCRIPTION_MAX:
+        raise OSError(f"what is kept with it has {len(description)} bytes, and {DESCRIPTION_MAX} is the most")
+    out.write(description)
+    out.write(LENGTH.pack(len(description)))
+    file.write(TAIL.pack(checksum.digest(), VERSION, MAGIC))
+    file.flush()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .files import write
+from .terminal import Console, line
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -106,7 +108,7 @@ def inspect(model: Model, json_file: JsonFile = None) -> None:
 def _said(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else line(str(value))
 
 
 def embed_predictor(
@@ -133,4 +135,4 @@ def extract_predictor(source: Gguf, out: Annotated[Path, typer.Argument(help="Th
 
 def _write(path: Path | None, report: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write(path, json.dumps(report, indent=2) + "\n")

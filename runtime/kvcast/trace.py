@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from . import files
 from .errors import KvcastError
 from .eval.recovery import Recorder, true_scores
 from .llama import Llama
@@ -58,12 +59,19 @@ class Trace:
         return len(self.truth) - len(self.seen)
 
     def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.savez_compressed(file, truth=self.truth, seen=self.seen, estimate=self.estimate, about=json.dumps(self.about))
-        part.replace(path)
+        """Write whole or not at all.
+
+        Raises
+        ------
+        KvcastError
+            It cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path) as file:
+                np.savez_compressed(file, truth=self.truth, seen=self.seen, estimate=self.estimate, about=json.dumps(self.about))
+        except OSError as error:
+            raise KvcastError(f"the recording {str(path)!r} cannot be written ({files.reason(error)}); free some space") from error
 
 
 def load(path: Path) -> Trace:

@@ -128,10 +128,12 @@ LLAMA_API void      kvcast_choose_anew(struct kvcast_context * kv);
 // again when the content has changed much. Costs a pass over 64 blocks of every layer; the keys themselves are summarised in the steps.
 LLAMA_API void      kvcast_prepare_summary(struct kvcast_context * kv);
 // What the choice of channels left, which the store alone does not give again: to be kept with a saved state. Bytes, 0 without a
-// summary; copies out; copies in, after which the keys are summarised anew in the steps.
+// summary; copies out; whether such bytes, of anybody's, can be taken in; copies in what can, after which the keys are summarised
+// anew in the steps.
 LLAMA_API int64_t   kvcast_summary_state_bytes(const struct kvcast_context * kv);
 LLAMA_API void      kvcast_get_summary_state  (const struct kvcast_context * kv, uint8_t * dst);
-LLAMA_API void      kvcast_set_summary_state  (struct kvcast_context * kv, const uint8_t * src);
+LLAMA_API bool      kvcast_check_summary_state(const struct kvcast_context * kv, const uint8_t * src, int64_t n_bytes);
+LLAMA_API bool      kvcast_set_summary_state  (struct kvcast_context * kv, const uint8_t * src, int64_t n_bytes);
 // Of the last sparse step, for rows that chose: the estimates of the range, in units of the attention that the first and the
 // newest block got; and the share of the whole attention that the step attended to, estimated.
 LLAMA_API const float * kvcast_estimates(const struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]
@@ -178,6 +180,18 @@ LLAMA_API const void * kvcast_v_data(const struct kvcast_context * kv, int32_t l
 
 LLAMA_API struct kvcast_stats kvcast_get_stats(const struct kvcast_context * kv);
 LLAMA_API void kvcast_reset_stats(struct kvcast_context * kv);
+
+// The state of a context, kvcast attached or not, to and from a file that the caller reads and writes: the bytes of
+// llama_state_get_data. A kvcast_io moves n_bytes at a time, in order, and returns as many; anything else ends the call.
+typedef int64_t (*kvcast_io)(void * user, void * data, int64_t n_bytes);
+// Bytes written, -1 when a call of `write` failed.
+LLAMA_API int64_t kvcast_write_state(struct llama_context * ctx, kvcast_io write, void * user);
+// Whether n_bytes, of anybody's, are a whole state of this model with n_tokens tokens of one sequence, position by position, and
+// every key and value a number of a sane size. Reads them all; the context stays as it is. If not, error says why.
+LLAMA_API bool kvcast_check_state(struct llama_context * ctx, kvcast_io read, void * user, int64_t n_bytes, int32_t n_tokens,
+        char * error, int32_t n_error);
+// Takes in a state that was checked. When it cannot be, error says why and the context is empty.
+LLAMA_API bool kvcast_read_state(struct llama_context * ctx, kvcast_io read, void * user, int64_t n_bytes, char * error, int32_t n_error);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,7 @@ constexpr float LOG2_E = 1.442695041f;
 constexpr int STEADY = 4;    // a row is steady when less than one in so many of its chosen blocks is new
 constexpr int PAUSE_MAX = 3; // steps that a steady row keeps its choice
 constexpr int SAMPLE = 64; // blocks that the choice of channels looks at
+constexpr float LARGEST = 1e9f; // of what is taken in: products of such numbers are finite
 
 int8_t code_of(float x, float center, float scale) {
     return (int8_t) std::lrintf(std::clamp((x - center)/scale, -127.0f, 127.0f));
@@ -349,11 +350,35 @@ void kvcast_get_summary_state(const kvcast_context * kv, uint8_t * dst) {
     }
 }
 
-void kvcast_set_summary_state(kvcast_context * kv, const uint8_t * src) {
-    if (kv->summary) {
-        for_each_part(*kv->summary, [&](void * part, size_t n) { memcpy(part, src, n); src += n; });
-        std::fill(kv->summary->n_done.begin(), kv->summary->n_done.end(), 0);
+bool kvcast_check_summary_state(const kvcast_context * kv, const uint8_t * src, int64_t n_bytes) {
+    if (!kv->summary || n_bytes != kvcast_summary_state_bytes(kv)) {
+        return false;
     }
+    const auto & s = *kv->summary;
+    bool good = true;
+    int32_t channel;
+    for (size_t i = 0; i < s.channels.size(); ++i, src += sizeof(channel)) {
+        memcpy(&channel, src, sizeof(channel));
+        good &= channel >= 0 && channel < kv->info.head_dim_k;
+    }
+    float x;
+    for (const auto * part : {&s.center, &s.scale, &s.spread, &s.q_power}) {
+        const float least = part == &s.center ? -LARGEST : 0.0f;
+        for (size_t i = 0; i < part->size(); ++i, src += sizeof(x)) {
+            memcpy(&x, src, sizeof(x));
+            good &= x >= least && x <= LARGEST; // not so for nan
+        }
+    }
+    return good;
+}
+
+bool kvcast_set_summary_state(kvcast_context * kv, const uint8_t * src, int64_t n_bytes) {
+    if (!kvcast_check_summary_state(kv, src, n_bytes)) {
+        return false;
+    }
+    for_each_part(*kv->summary, [&](void * part, size_t n) { memcpy(part, src, n); src += n; });
+    std::fill(kv->summary->n_done.begin(), kv->summary->n_done.end(), 0);
+    return true;
 }
 
 int32_t * kvcast_n_free(kvcast_context * kv) { return kv->summary ? kv->summary->n_free.data() : nullptr; }

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from ..files import write
+from ..terminal import Console
 
 app = typer.Typer(no_args_is_help=True, help="Quality against dense, on any model and text.", pretty_exceptions_enable=False)
 console = Console(emoji=False)
@@ -163,6 +165,6 @@ def _show(table: list[list[str]]) -> None:
 def _write(json_file: Path | None, report: dict[str, Any], table) -> None:
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
-        json_file.with_suffix(".md").write_text(table())
+        write(json_file, json.dumps(report, indent=1) + "\n")
+        write(json_file.with_suffix(".md"), table())
         console.print(f"written: {json_file}, {json_file.with_suffix('.md')}", highlight=False, markup=False, soft_wrap=True)

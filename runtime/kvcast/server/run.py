@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import uvicorn
 
 from ..cache import DocumentCache
 from ..errors import KvcastError
+from ..terminal import PLAIN
 from .app import make_app
 from .connection import BACKLOG, bounded
 from .desk import Desk
@@ -62,6 +64,8 @@ def make_server(settings: ServerSettings, desk: Desk, say: Callable[[str], None]
         ssl_keyfile=settings.ssl_keyfile,
         ssl_certfile=settings.ssl_certfile,
     )
+    for handler in logging.getLogger("uvicorn").handlers:
+        handler.addFilter(PLAIN)
     return Server(config, desk)
 
 
