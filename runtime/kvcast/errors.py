@@ -31,6 +31,10 @@ class SessionError(KvcastError):
     """A session cannot be saved, or a file of one cannot be used; the session in hand goes on."""
 
 
+class InputError(KvcastError, ValueError):
+    """A text, a grammar, a schema or what a chat template makes of messages is wrong, or more than is taken (``Limits``)."""
+
+
 class GenerationError(KvcastError):
     """A step failed; the store holds everything up to the step before."""
 

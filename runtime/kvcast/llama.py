@@ -15,20 +15,26 @@ import numpy as np
 import psutil
 from jinja2 import TemplateError
 
+from . import grammar as grammars
 from . import native, session_file, sizes
 from .config import SparseConfig
 from .device import DeviceSession
-from .errors import CallbackError, ContextFull, GenerationError, ModelError, SessionError
+from .errors import CallbackError, ContextFull, GenerationError, InputError, ModelError, SessionError
 from .header import Header, read_header
+from .json_schema import take_format
 from .lifetime import Closed, Lifetime, inside
+from .limits import Limits
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
 from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
+from .tokenizer import Tokenizer
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
+from llama_cpp.llama_tokenizer import LlamaTokenizer  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
+_CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 GIB = 1 << 30
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 N_RETAKEN = 64  # last tokens of the store, run once more for their scores
@@ -48,6 +54,8 @@ class Llama(Lifetime, llama_cpp.Llama):
         and, unless ``n_threads`` is given, all physical cores are used (for steps over a pool on a GPU two). With a GPU,
         ``n_batch`` and ``n_ubatch`` are 2048 unless one is given. Sliding-window layers keep the end of the context only, unless
         ``swa_full`` is given.
+    limits : Limits or None
+        Bounds on texts, grammars, schemas and chat templates; None: the defaults.
     **kwargs
         Those of ``llama_cpp.Llama``. Unknown ones are an error.
 
@@ -63,8 +71,12 @@ class Llama(Lifetime, llama_cpp.Llama):
         The model cannot run sparse; it can with ``sparse=None``. ``SparseUntested``: nobody has tried, and ``sparse.untested`` is not set.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
+    def __init__(
+        self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, limits: Limits | None = None, **kwargs: Any
+    ):
         Lifetime.__init__(self)
+        self.limits = limits or Limits()
+        self._grammar_checked: tuple[str, str] | None = None
         self._session: Session | None = None
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
         self._hushed = False  # llama.cpp's messages are silenced
@@ -102,6 +114,8 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise
         except MemoryError as error:
             raise ModelError(f"memory ran out while {os.fspath(model_path)!r} was loaded; {SMALLER}") from error
+        if type(self.tokenizer_) is LlamaTokenizer:
+            self.tokenizer_ = Tokenizer(self, self.limits.text_bytes)
         self.header = header
         self._n_swa = llama_cpp.llama_model_n_swa(self.model)
         self._config = sparse
@@ -212,7 +226,53 @@ class Llama(Lifetime, llama_cpp.Llama):
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         return self._in_turns(super()._create_completion(*args, **kwargs))  # type: ignore[arg-type]  # a generator
 
-    sample = inside(llama_cpp.Llama.sample)
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As in llama-cpp-python. The schema of a ``response_format``, ``json_object`` or ``json_schema``, is held as json_schema.py says.
+
+        Raises
+        ------
+        InputError
+            The schema cannot be held, or the template cannot write the messages.
+        """
+        given = _CHAT.bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        take_format(given, self.limits)
+        return super().create_chat_completion(**given)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if (grammar := kwargs.get("grammar")) is not None:
+            self._check_grammar(grammar)
+        native.kvcast_grammar_error()
+        return super()._init_sampler(*args, **kwargs)
+
+    def _check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
+        """Refuse a grammar that llama.cpp cannot take, or would never end with."""
+        if not isinstance(grammar, llama_cpp.LlamaGrammar):
+            raise InputError(f"grammar is a {type(grammar).__name__}; give a LlamaGrammar, as LlamaGrammar.from_string(text) makes it")
+        text, root = grammar._grammar, grammar._root
+        if (text, root) == self._grammar_checked:
+            return
+        grammars.check(text, root, self.limits, self.n_vocab(), lambda name: len(self.tokenize(name.encode(), False, True)))
+        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), root.encode())
+        if not sampler:
+            raise InputError("llama.cpp does not take the grammar; verbose=True shows its own words")
+        llama_cpp.llama_sampler_free(sampler)
+        self._grammar_checked = text, root
+
+    @inside
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As in llama-cpp-python.
+
+        Raises
+        ------
+        GenerationError
+            The grammar cannot be followed any further.
+        """
+        token: int = super().sample(*args, **kwargs)
+        if kwargs.get("grammar") is not None and (why := native.kvcast_grammar_error()) is not None:
+            raise GenerationError(f"the answer cannot go on as its grammar says: {why.decode()}; change the grammar, or ask again")
+        return token
+
     tokenize = inside(llama_cpp.Llama.tokenize)
     detokenize = inside(llama_cpp.Llama.detokenize)
     embed = inside(llama_cpp.Llama.embed)

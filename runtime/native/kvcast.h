@@ -88,6 +88,10 @@ struct kvcast_stats {
 
 LLAMA_API const char * kvcast_version(void);
 
+// Why a grammar could not be followed any further in this thread since this was last asked; NULL if none failed. The token that was
+// sampled then is not one of the grammar's, and the sampler goes on without it. To be asked after llama_sampler_sample(); valid until then.
+LLAMA_API const char * kvcast_grammar_error(void);
+
 // NULL on refusal; then error (a buffer of n_error bytes) holds one sentence that says why.
 LLAMA_API struct kvcast_context * kvcast_attach(struct llama_context * ctx, struct kvcast_params params, char * error, int32_t n_error);
 // Stock behaviour again. Must come before llama_free(). NULL is ignored.
