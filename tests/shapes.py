@@ -5,11 +5,15 @@ import os
 import gguf
 import numpy as np
 
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+PAIRED = b"aZ1- \n'.\xc3\xa9\xe4\xb8\xad"  # bytes of every class of character, which pair up
+
 
 def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=1024, n_ctx=4096,
-                vocabulary="no_vocab", **numbers):  # fmt: skip
+                vocabulary="no_vocab", pre="default", template=TEMPLATE, special=(), **numbers):  # fmt: skip
     """``numbers``: further integer keys, of the family unless they hold a point. Matrices are Q4_0, norms f32; llama's and gemma3's.
-    ``vocabulary``: ``llama`` or ``gpt2`` gives tokens for all bytes, as those tokenizers write them, and a chat template."""
+    ``vocabulary``: a tokenizer's name gives tokens for all bytes, as it writes them, and a chat template; those of ``gpt2`` pair up,
+    so that it shows where ``pre``, its rule for words, cuts. ``special``: texts of further tokens, which are none of a text's own."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(n_layer)
     writer.add_context_length(n_ctx)
@@ -22,7 +26,8 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     writer.add_file_type(2)
     writer.add_tokenizer_model(vocabulary)
     if vocabulary != "no_vocab":
-        _add_tokens(writer, vocabulary, n_vocab)
+        _add_tokens(writer, vocabulary, n_vocab, pre, special)
+        writer.add_chat_template(template)
     for key, value in numbers.items():
         writer.add_uint32(key if "." in key else f"{arch}.{key.replace('__', '.')}", value)
     n_bytes = 0
@@ -58,20 +63,25 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     return path
 
 
-def _add_tokens(writer, vocabulary, n_vocab):
-    special, control, normal, byte = ["<unk>", "<s>", "</s>"], 3, 1, 6
-    if vocabulary == "llama":
-        of_bytes, kind = [f"<0x{b:02X}>" for b in range(256)], byte
-        writer.add_token_scores([0.0] * n_vocab)
-    else:  # printable bytes are themselves, others come after U+00FF
+def _add_tokens(writer, vocabulary, n_vocab, pre, more_special):
+    special, control, normal, byte = ["<unk>", "<s>", "</s>", *more_special], 3, 1, 6
+    words = [f"word{i}" for i in range(n_vocab)]
+    if vocabulary == "gpt2":  # printable bytes are themselves, others come after U+00FF
         shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in shown]
         of_bytes, kind = [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)], normal
-        writer.add_token_merges(["a b", "t h"])
-        writer.add_tokenizer_pre("default")
-    rest = [f"word{i}" for i in range(n_vocab - 256 - len(special))]
-    writer.add_token_list([*special, *of_bytes, *rest])
-    writer.add_token_types([control] * 3 + [kind] * 256 + [normal] * len(rest))
+        pairs = [(of_bytes[a], of_bytes[b]) for a in PAIRED for b in PAIRED][: max(0, n_vocab - 256 - len(special))]
+        writer.add_token_merges([f"{a} {b}" for a, b in pairs])
+        writer.add_tokenizer_pre(pre)
+        words = [a + b for a, b in pairs] + words
+    elif vocabulary == "rwkv":
+        of_bytes, kind = [f"\\x{b:02x}" for b in range(256)], normal
+    else:
+        of_bytes, kind = [f"<0x{b:02X}>" for b in range(256)], byte
+    words = words[: n_vocab - 256 - len(special)]
+    if vocabulary != "gpt2":
+        writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_list([*special, *of_bytes, *words])
+    writer.add_token_types([control] * len(special) + [kind] * 256 + [normal] * len(words))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_chat_template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:")

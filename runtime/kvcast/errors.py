@@ -39,6 +39,10 @@ class SessionDamaged(SessionError):
         self.how = how
 
 
+class InputError(KvcastError, ValueError):
+    """A text, a grammar, a schema or what a chat template makes of messages is wrong, or more than is taken (``Limits``)."""
+
+
 class GenerationError(KvcastError):
     """A step failed; the store holds everything up to the step before."""
 

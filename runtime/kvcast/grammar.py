@@ -13,18 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from .errors import KvcastError
+from .errors import InputError
+from .limits import Limits
 
 import llama_cpp.llama_grammar as upstream  # isort: skip
 
-MAX_BYTES = 256 << 10  # of a grammar, or of a schema
-MAX_DEPTH = 64  # of parentheses in a grammar, and of a schema
-MAX_RULES = 20_000  # those of parentheses counted
 MAX_REPEAT = 2000  # llama.cpp's own bound, of one repetition and of those within one another
-MAX_ELEMENTS = 200_000  # once repetitions are written out
-MAX_CHAIN = 500  # rules that begin with one another
-MAX_WAYS = 20_000  # in which a text can go on from one place, before its next character
-MAX_VALUES = 10_000  # of a schema, all objects, lists and values
+MAX_CHAIN = 500  # rules that begin with one another: llama.cpp calls itself for each
 
 WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 ESCAPES = {"t": "\t", "r": "\r", "n": "\n", **{c: c for c in '\\"[]-'}}
@@ -33,7 +28,7 @@ LAST = 0x10FFFF
 NO_TEXT = ((0, 0), (0xD800, 0xDFFF))  # code points that no token's text has
 
 
-class GrammarError(KvcastError, ValueError):
+class GrammarError(InputError):
     """A grammar or a schema cannot be used; the message says where and why."""
 
 
@@ -58,7 +53,7 @@ class Rule:
     alternatives: list[Sequence] = field(default_factory=list)
 
 
-def check_grammar(text: str, root: str = "root", n_vocab: int | None = None) -> None:
+def check_grammar(text: str, root: str = "root", n_vocab: int | None = None, limits: Limits | None = None) -> None:
     """Whether a grammar may be given to llama.cpp.
 
     Parameters
@@ -74,12 +69,12 @@ def check_grammar(text: str, root: str = "root", n_vocab: int | None = None) -> 
     ------
     GrammarError
     """
-    _check(text, root, n_vocab)
+    _check(text, root, n_vocab, limits or Limits())
 
 
 @functools.lru_cache(maxsize=32)
-def _check(text: str, root: str, n_vocab: int | None) -> None:
-    rules = _Parser(text, n_vocab).parse()
+def _check(text: str, root: str, n_vocab: int | None, limits: Limits) -> None:
+    rules = _Parser(text, n_vocab, limits).parse()
     if root not in rules:
         raise GrammarError(f"the grammar has no rule {root!r}; add one, it is where the text begins")
     for name, rule in rules.items():
@@ -88,19 +83,20 @@ def _check(text: str, root: str, n_vocab: int | None) -> None:
                 raise GrammarError(f"the grammar's rule {name!r} (line {rule.where}) uses {used!r}, which is not defined; define it")
     empty = _may_be_empty(rules)
     order = _order(rules, empty)
-    _check_ways(rules, empty, order)
+    _check_ways(rules, empty, order, limits.grammar_ways)
 
 
 class _Parser:
     """Reads GBNF without recursion; parentheses become rules of their own."""
 
-    def __init__(self, text: str, n_vocab: int | None):
+    def __init__(self, text: str, n_vocab: int | None, limits: Limits):
+        self._limits = limits
         try:
             n_bytes = len(text.encode())
         except UnicodeEncodeError:
             raise GrammarError("the grammar holds half of a surrogate pair (\\ud800 to \\udfff); send whole characters") from None
-        if n_bytes > MAX_BYTES:
-            raise GrammarError(f"the grammar has {n_bytes:,} bytes; {MAX_BYTES:,} are the most, make it shorter")
+        if n_bytes > limits.grammar_bytes:
+            raise GrammarError(f"the grammar has {n_bytes:,} bytes; {limits.grammar_bytes:,} are the most, make it shorter")
         if "\0" in text:
             raise GrammarError("the grammar holds a NUL character; leave it out")
         self._text, self._at, self._line, self._n_vocab = text + "\0", 0, 1, n_vocab
@@ -211,8 +207,8 @@ class _Parser:
                 product = self._repeat(sequence, last, product)
                 last = sequence[-1:]
             elif c == "(":
-                if len(open_) == MAX_DEPTH:
-                    self._fail(f"parentheses are nested more than {MAX_DEPTH} deep; use rules instead")
+                if len(open_) == self._limits.grammar_depth:
+                    self._fail(f"parentheses are nested more than {self._limits.grammar_depth} deep; use rules instead")
                 self._at += 1
                 self._space(True)
                 open_.append((rule, sequence))
@@ -243,13 +239,13 @@ class _Parser:
         self._rules[name] = rule
 
     def _count_rule(self) -> None:
-        if len(self._rules) + 1 > MAX_RULES:
-            self._fail(f"more than {MAX_RULES:,} rules; make the grammar smaller")
+        if len(self._rules) + 1 > self._limits.grammar_rules:
+            self._fail(f"more than {self._limits.grammar_rules:,} rules; make the grammar smaller")
 
     def _add(self, sequence: Sequence, item: Item) -> Sequence:
         self._n_elements += max(1, item.n)
-        if self._n_elements > MAX_ELEMENTS:
-            self._fail(f"repetitions make more than {MAX_ELEMENTS:,} elements of it; repeat less")
+        if self._n_elements > self._limits.grammar_elements:
+            self._fail(f"repetitions make more than {self._limits.grammar_elements:,} elements of it; repeat less")
         sequence.append(item)
         return [item]
 
@@ -441,7 +437,7 @@ def _order(rules: dict[str, Rule], empty: set[str]) -> list[str]:
     return order
 
 
-def _check_ways(rules: dict[str, Rule], empty: set[str], order: list[str]) -> None:
+def _check_ways(rules: dict[str, Rule], empty: set[str], order: list[str], n_most: int) -> None:
     """Bound the ways in which a text can go on: llama.cpp keeps all of them, at each character."""
     ways: dict[str, int] = {}
 
@@ -458,17 +454,17 @@ def _check_ways(rules: dict[str, Rule], empty: set[str], order: list[str]) -> No
 
     for name in order:
         ways[name] = sum(of_sequence(sequence) for sequence in rules[name].alternatives)
-        if ways[name] > MAX_WAYS:
+        if ways[name] > n_most:
             raise GrammarError(
                 f"the grammar's rule {next((n for n in (name, *rules) if not n.startswith('(')), name)!r} can go on in more than "
-                f"{MAX_WAYS:,} ways at once; repeat less of what may be empty"
+                f"{n_most:,} ways at once; repeat less of what may be empty"
             )
 
 
 # ---- JSON schemas
 
 
-def grammar_of_schema(schema: Any) -> str:
+def grammar_of_schema(schema: Any, limits: Limits | None = None) -> str:
     """The grammar of the JSON texts that a schema describes, as llama-cpp-python converts it.
 
     More than 2,000 as ``maxLength`` or ``maxItems`` is as good as none: llama.cpp counts no further.
@@ -484,7 +480,7 @@ def grammar_of_schema(schema: Any) -> str:
         It is too large, names another document, or uses what cannot be converted.
     """
     text = schema if isinstance(schema, str) else _dumped(schema)
-    return _converted(text)
+    return _converted(text, limits or Limits())
 
 
 def _dumped(schema: Any) -> str:
@@ -495,16 +491,16 @@ def _dumped(schema: Any) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _converted(text: str) -> str:
-    if len(text) > MAX_BYTES:
-        raise GrammarError(f"the schema has {len(text):,} characters; {MAX_BYTES:,} are the most, make it smaller")
+def _converted(text: str, limits: Limits) -> str:
+    if len(text) > limits.grammar_bytes:
+        raise GrammarError(f"the schema has {len(text):,} characters; {limits.grammar_bytes:,} are the most, make it smaller")
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):
         raise GrammarError("the schema is no JSON that can be read; correct it") from None
     if not isinstance(schema, dict):
         raise GrammarError(f"the schema is {json.dumps(schema)[:40]}; it must be an object")
-    _check_values(schema)
+    _check_values(schema, limits)
     if any(value.get("$ref") == "#" for value in _objects(schema)):  # the converter follows paths only
         for value in _objects(schema):
             if value.get("$ref") == "#":
@@ -523,21 +519,21 @@ def _converted(text: str) -> str:
         raise GrammarError(
             f"the schema cannot be turned into a grammar ({reason}); use types, properties, items, enum, anyOf, $ref"
         ) from None
-    check_grammar(grammar)
+    check_grammar(grammar, limits=limits)
     return grammar
 
 
-def _check_values(schema: dict[str, Any]) -> None:
+def _check_values(schema: dict[str, Any], limits: Limits) -> None:
     level: list[Any] = [schema]
     n, depth = 1, 0
     while level:
         depth += 1
-        if depth > MAX_DEPTH:
-            raise GrammarError(f"the schema is more than {MAX_DEPTH} levels deep; use $defs and $ref")
+        if depth > limits.schema_depth:
+            raise GrammarError(f"the schema is more than {limits.schema_depth} levels deep; use $defs and $ref")
         level = [v for value in level for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, dict | list)]
         n += sum(len(value) for value in level)
-        if n > MAX_VALUES:
-            raise GrammarError(f"the schema has more than {MAX_VALUES:,} values; make it smaller")
+        if n > limits.schema_parts:
+            raise GrammarError(f"the schema has more than {limits.schema_parts:,} values; make it smaller")
     for value in _objects(schema):
         ref = value.get("$ref", "#")
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):

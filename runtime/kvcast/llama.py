@@ -23,14 +23,17 @@ from .errors import CallbackError, ContextFull, GenerationError, ModelError, Ses
 from .grammar import GrammarError, check_grammar, grammar_of_schema
 from .header import Header, read_header
 from .lifetime import Closed, Lifetime, inside
+from .limits import Limits
 from .messages import for_template
 from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
 from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
+from .tokenizer import Tokenizer
 from .tool_calls import OWN_WAYS, take_choice
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
+from llama_cpp.llama_tokenizer import LlamaTokenizer  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
@@ -53,6 +56,8 @@ class Llama(Lifetime, llama_cpp.Llama):
         and, unless ``n_threads`` is given, all physical cores are used (for steps over a pool on a GPU two). With a GPU,
         ``n_batch`` and ``n_ubatch`` are 2048 unless one is given. Sliding-window layers keep the end of the context only, unless
         ``swa_full`` is given.
+    limits : Limits or None
+        Bounds on texts, grammars, schemas and chat templates; None: the defaults.
     **kwargs
         Those of ``llama_cpp.Llama``. Unknown ones are an error.
 
@@ -68,8 +73,11 @@ class Llama(Lifetime, llama_cpp.Llama):
         The model cannot run sparse; it can with ``sparse=None``. ``SparseUntested``: nobody has tried, and ``sparse.untested`` is not set.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, **kwargs: Any):
+    def __init__(
+        self, model_path: str | os.PathLike[str], *, sparse: SparseConfig | None = None, limits: Limits | None = None, **kwargs: Any
+    ):
         Lifetime.__init__(self)
+        self.limits = limits or Limits()
         self._session: Session | None = None
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
         self._hushed = False  # llama.cpp's messages are silenced
@@ -108,6 +116,8 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise
         except MemoryError as error:
             raise ModelError(f"memory ran out while {os.fspath(model_path)!r} was loaded; {SMALLER}") from error
+        if type(self.tokenizer_) is LlamaTokenizer:
+            self.tokenizer_ = Tokenizer(self, self.limits.text_bytes)
         self.header = header
         self._n_swa = llama_cpp.llama_model_n_swa(self.model)
         self._config = sparse
@@ -248,7 +258,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         GrammarError
             llama.cpp does not take it, or it would need too much time or memory.
         """
-        check_grammar(grammar._grammar, grammar._root, self.n_vocab())
+        check_grammar(grammar._grammar, grammar._root, self.n_vocab(), self.limits)
         with native.quiet():
             sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
         reason = native.kvcast_grammar_error().decode(errors="replace")
@@ -279,12 +289,12 @@ class Llama(Lifetime, llama_cpp.Llama):
         if given.get("logprobs") and given.get("top_logprobs") is None:
             given["top_logprobs"] = 0
         for schema in _schemas(given):  # the chat formats would fall back to any JSON without a word
-            grammar_of_schema(schema)
+            grammar_of_schema(schema, self.limits)
         if self.chat_format in OWN_WAYS:
             return super().create_chat_completion(**given)
         choice = take_choice(given, parallel_tool_calls)
         for schema in _schemas(given):
-            grammar_of_schema(schema)
+            grammar_of_schema(schema, self.limits)
         answer: Any = super().create_chat_completion(**given)
         if choice is None:
             return answer
