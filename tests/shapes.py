@@ -22,7 +22,7 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     writer.add_file_type(2)
     writer.add_tokenizer_model(vocabulary)
     if vocabulary != "no_vocab":
-        _add_tokens(writer, vocabulary, n_vocab)
+        add_tokens(writer, vocabulary, n_vocab)
     for key, value in numbers.items():
         writer.add_uint32(key if "." in key else f"{arch}.{key.replace('__', '.')}", value)
     n_bytes = 0
@@ -58,7 +58,7 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     return path
 
 
-def _add_tokens(writer, vocabulary, n_vocab):
+def add_tokens(writer, vocabulary, n_vocab):
     special, control, normal, byte = ["<unk>", "<s>", "</s>"], 3, 1, 6
     if vocabulary == "llama":
         of_bytes, kind = [f"<0x{b:02X}>" for b in range(256)], byte

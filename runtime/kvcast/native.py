@@ -78,6 +78,7 @@ DENSE, HISTORY, SPARSE = 0, 1, 2
 TRACE_NONE, TRACE_HEAD = 0, 1
 
 kvcast_p = ctypes.c_void_p
+kvcast_watch_p = ctypes.c_void_p
 c_float_p = ctypes.POINTER(ctypes.c_float)
 c_int32_p = ctypes.POINTER(ctypes.c_int32)
 ctypes_function = llama_cpp.ctypes_function
@@ -92,6 +93,9 @@ attention_callback = ctypes.CFUNCTYPE(
 kv_callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
 )
+
+
+watch_poll = ctypes.CFUNCTYPE(ctypes.c_int32)  # int fn(): 0 to stop
 
 
 class kvcast_params(ctypes.Structure):
@@ -162,6 +166,14 @@ def kvcast_shares(kv, /): ...
 def kvcast_abort(kv, /): ...
 @ctypes_function("kvcast_clear_abort", [kvcast_p], None)
 def kvcast_clear_abort(kv, /): ...
+@ctypes_function("kvcast_watch_new", [watch_poll], kvcast_watch_p)
+def kvcast_watch_new(poll, /): ...
+@ctypes_function("kvcast_watch_free", [kvcast_watch_p], None)
+def kvcast_watch_free(watch, /): ...
+@ctypes_function("kvcast_watch_stop", [kvcast_watch_p, ctypes.c_int32], None)
+def kvcast_watch_stop(watch, stop, /): ...
+@ctypes_function("kvcast_set_watch", [kvcast_p, kvcast_watch_p], None)
+def kvcast_set_watch(kv, watch, /): ...
 @ctypes_function("kvcast_last_error", [kvcast_p], ctypes.c_char_p)
 def kvcast_last_error(kv, /) -> bytes: ...
 @ctypes_function("kvcast_set_attention_callback", [kvcast_p, attention_callback, ctypes.c_void_p], None)
@@ -334,6 +346,15 @@ class Attached:
             raise ValueError(f"the summary's state has {len(state)} bytes; {self.n_summary_state} are wanted")
         kvcast_set_summary_state(self._kv, state.ctypes.data)
 
+    def can_be_summary_state(self, state: npt.NDArray[np.uint8]) -> bool:
+        """Whether it is one of this context's: as long, and of channels that the keys have."""
+        if state.dtype != np.uint8 or state.shape != (self.n_summary_state,):
+            return False
+        dim, n_rows = self.info.head_dim_k, self.info.n_layer * self.info.n_head_kv
+        n_numbers = 4 * 4 * n_rows * dim  # center, scale, spread and power of every channel, after the channels that are kept
+        channels, numbers = state[: len(state) - n_numbers].view(np.int32), state[len(state) - n_numbers :].view(np.float32)
+        return bool((channels >= 0).all() and (channels < dim).all() and np.isfinite(numbers).all())
+
     def choose_anew(self) -> None:
         """Let every row choose in the next step: when lists, ``n_free`` or the range were changed. Else steady rows pause."""
         kvcast_choose_anew(self._kv)
@@ -404,6 +425,10 @@ class Attached:
 
     def clear_abort(self) -> None:
         kvcast_clear_abort(self._kv)
+
+    def set_watch(self, watch: int) -> None:
+        """Ask a ``kvcast_watch``, too, whether to go on."""
+        kvcast_set_watch(self._kv, watch)
 
     @property
     def last_error(self) -> str:
