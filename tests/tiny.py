@@ -1,9 +1,11 @@
-"""Small GGUF models with random weights, one per family, no vocabulary: what a family's graph does, in a second."""
+"""Small GGUF models with random weights, one per family, with no vocabulary or a tiny one: what a family's graph does, in a second."""
 
 from dataclasses import dataclass, field
 
 import gguf
 import numpy as np
+
+from shapes import add_tokens
 
 N_VOCAB, N_EMBD, N_FF, N_HEAD, N_HEAD_KV = 512, 128, 256, 4, 2
 
@@ -83,8 +85,8 @@ WITH_SINKS = Shape(
 )
 
 
-def write_tiny(path, shape: Shape, n_ctx: int = 4096):
-    """A file of that shape, in f16 with f32 norms; random, the same at every call."""
+def write_tiny(path, shape: Shape, n_ctx: int = 4096, vocabulary: str = "no_vocab"):
+    """A file of that shape, in f16 with f32 norms; random, the same at every call. ``vocabulary``: see ``shapes.write_shape``."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_block_count(shape.n_layer)
@@ -98,7 +100,9 @@ def write_tiny(path, shape: Shape, n_ctx: int = 4096):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(N_VOCAB)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model(vocabulary)
+    if vocabulary != "no_vocab":
+        add_tokens(writer, vocabulary, N_VOCAB)
     if "rope.dimension_count" not in shape.keys:
         writer.add_rope_dimension_count(shape.head_dim)
     for key, value in shape.keys.items():

@@ -190,7 +190,7 @@ class Conversation:
         self.stopped, self.unsaved = False, True
         sparse = llm.sparse is not None
         if sparse:
-            llm.session.configure(llm.session.config)
+            llm.session.reset_stats()
         said: list[str] = []
         n_tokens, first = 0, None
         begin = time.perf_counter()

@@ -88,7 +88,8 @@ class DeviceSession(Session):
         self._planned = False
         self.n_filled = 0  # blocks moved by the step that filled the pool
         self._seen = False  # a step's query was collected since the last edit
-        self._unlearned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # lists, their lengths and shares of the last step
+        # of the last step: its position, lists, their lengths and shares
+        self._unlearned: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
         self._buffer = 0
         self._n_staged = 0
         self._all_rows = np.arange(self.n_rows, dtype=np.int32)
@@ -127,29 +128,34 @@ class DeviceSession(Session):
         super().configure(config, frozen=frozen)
         self._planned &= same
 
-    def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
-        super().prompt(tokens, decode)
+    def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None], *, held: bool = True) -> None:
         self._seen = False
         self._planned = False
+        super().prompt(tokens, decode, held=held)
 
     def verify(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
-        first = self.n_tokens
-        super().verify(tokens, decode)
-        self.pool.forget_from(first // native.BLOCK_TOKENS)  # the new rows are in the store only
         self._seen = False
+        super().verify(tokens, decode)
 
     def truncate(self, n_tokens: int) -> None:
+        self.busy = True
         self._settle()
+        if self._unlearned is not None and self._unlearned[0] >= n_tokens:  # the step is taken back
+            self._unlearned = None
         self.take_in()
         super().truncate(n_tokens)
         self.pool.forget_from(n_tokens // native.BLOCK_TOKENS)
         self._seen = False
 
+    def undo(self, n_tokens: int) -> None:
+        self._planned = False
+        super().undo(n_tokens)
+        self.pool.forget_from(0)  # slots may have been written of which the table does not know
+
     def step(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token over the pool."""
         begin = time.perf_counter()
-        if self._pending is not None:  # an interrupt came between two steps
-            self.truncate(self.n_tokens)
+        self._begin()
         self._confirm(self.n_tokens)
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         config, position = self.config, self.n_tokens
@@ -164,12 +170,13 @@ class DeviceSession(Session):
             self._place_set(n_used)
             self._run(native.SPARSE, [token], decode)
             self._seen = True
+        self.n_done = self.n_tokens  # as on the host path
         self.times.moves.append(self.pool.n_moved - moved)
         if self._planned and not planned:
             self.n_filled = self.times.moves[-1]
         self._observe(before, begin, n_used)
-        if self.on_attended is not None:
-            self.on_attended(position)
+        self._end()
+        self._stepped(position)
 
     def _end_threads(self) -> None:
         super()._end_threads()
@@ -193,9 +200,15 @@ class DeviceSession(Session):
         if self.attached.stats.device_us - before > STILL_BUSY:
             self.times.wait = waited
         if not self.frozen:
-            self._unlearned = self.attended, self.n_attended, self.step_shares
+            self._unlearned = self.n_tokens, self.attended, self.n_attended, self.step_shares
 
     # ---- inside
+
+    def _run(self, mode: int, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
+        if mode != native.SPARSE:  # the new rows are in the store only
+            self.pool.forget_from(self.n_tokens // native.BLOCK_TOKENS)
+            self._drop_set()
+        super()._run(mode, tokens, decode)
 
     @property
     def _n_sink(self) -> int:
@@ -222,7 +235,7 @@ class DeviceSession(Session):
     def _take_scores(self) -> None:
         """The history is told of the last step; it takes that in when it is asked."""
         if self._unlearned is not None:
-            blocks, n_listed, shares = self._unlearned
+            _, blocks, n_listed, shares = self._unlearned
             self._unlearned = None
             self.attached.take_taps(n_listed)
             self.history.observe_later(blocks, n_listed, self.scores, shares)
@@ -249,8 +262,6 @@ class DeviceSession(Session):
         self.shares[:] = 1.0
         self.step_shares = self.shares
         self._since_calibration = 0
-        self._drop_set()
-        self.pool.forget_from(n_used - 1)  # the new row is in the store only
 
     def _plan(self) -> None:
         """Slots of every layer, for this prompt."""

@@ -53,3 +53,7 @@ class ContextFull(GenerationError):
 
 class CallbackError(GenerationError):
     """A user's callback raised; the exception is the ``__cause__``."""
+
+
+class ArgumentError(KvcastError, ValueError, TypeError):
+    """An argument is of another type than it must be, or out of its range."""

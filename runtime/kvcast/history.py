@@ -182,14 +182,16 @@ class History:
         """Whether anything is known."""
         return self.n_observed > 0
 
-    def keep_steps(self, n_steps: int) -> None:
-        """From now on keep the scores of so many steps, at least. Blocks that a step did not see keep their last known score."""
+    def keep_steps(self, n_steps: int) -> bool:
+        """From now on keep the scores of so many steps, at least. Blocks that a step did not see keep their last known score. True: these
+        are more than before, and none is there yet."""
         if n_steps <= (0 if self._ring is None else len(self._ring)):
-            return
+            return False
         self.catch_up()
         n_rows, _, n_blocks = self.averages.shape
         self._ring = np.zeros((n_steps, n_rows, n_blocks), np.float32)
         self._n_in_ring = 0
+        return True
 
     def last_rows(self, n_steps: int) -> npt.NDArray[np.float32]:
         """float32, shape (n, n_rows, n_blocks), oldest first: at most ``n_steps``, and one at least."""
@@ -305,6 +307,11 @@ class History:
             self._n_in_ring = 0
         else:
             self._ring[:] = ring
+        self.epoch += 1
+
+    def renew(self) -> None:
+        """Whatever a predictor has kept of before is void."""
+        self.change_from(0)
         self.epoch += 1
 
     def change_from(self, block: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
-import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,56 @@ import numpy as np
 import psutil
 from jinja2 import TemplateError
 
-from . import identity, native, session_file, sizes
+from . import arguments, identity, native, session_file, sizes
 from .config import SparseConfig
 from .cores import usable_cores
 from .device import DeviceSession
-from .errors import CallbackError, ContextFull, GenerationError, ModelError, SessionError
+from .errors import ArgumentError, CallbackError, ContextFull, GenerationError, ModelError, SessionError
 from .grammar import GrammarError, check_grammar, grammar_of_schema
 from .header import Header, read_header
-from .lifetime import Closed, Lifetime, inside
+from .lifetime import Closed, Lifetime, in_turn, inside
 from .limits import Limits
 from .messages import for_template
 from .predictors import LOOK_AHEAD
+from .sampling import Processors
 from .session import AttentionFn, KvFn, Session
 from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
 from .tokenizer import Tokenizer
 from .tool_calls import OWN_WAYS, take_choice
+from .vocabulary import CheckedModel
+from .watch import Watch
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # isort: skip
 
-_ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 GIB = 1 << 30
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
-N_RETAKEN = 64  # last tokens of the store, run once more for their scores
 SMALLER = "close something, or use a smaller n_ctx (--context)"
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a generation needs to go on after others have used the model.
+
+    Attributes
+    ----------
+    tokens : int32, shape (n_tokens,)
+        In the store.
+    n_last : int
+        Of them, those that were evaluated last, together.
+    mark
+        Of the evaluation that was the last one.
+    of_sampling : dict
+        llama-cpp-python's attributes.
+    """
+
+    tokens: np.ndarray
+    n_last: int
+    mark: object
+    of_sampling: dict[str, Any]
 
 
 class Llama(Lifetime, llama_cpp.Llama):
@@ -79,130 +103,206 @@ class Llama(Lifetime, llama_cpp.Llama):
         Lifetime.__init__(self)
         self.limits = limits or Limits()
         self._session: Session | None = None
+        self._n_tokens = 0
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
+        self._n_last = 0  # tokens that were evaluated last, together
+        self._mark = object()  # of that evaluation
         self._hushed = False  # llama.cpp's messages are silenced
-        self._evaluator: int | None = None  # the thread that is in eval
-        unknown = [name for name in kwargs if name not in _ARGUMENTS or name == "kwargs"]
-        if unknown:
-            close = _closest(unknown[0])
-            raise TypeError(f"Llama has no argument {unknown[0]!r}" + (f"; did you mean {close!r}?" if close else ""))
+        self._processors: Processors | None = None  # of the generation that runs
+        if not isinstance(sparse, SparseConfig | None):
+            raise arguments.wrong("sparse", sparse, "a SparseConfig, or None")
+        kwargs = arguments.of_loading(kwargs)
         if sparse is not None:
-            _refuse_contradictions(kwargs)
-            on_gpu = llama_cpp.llama_supports_gpu_offload() and kwargs.get("n_gpu_layers", 0)
-            kwargs = {"n_threads": STEP_THREADS if sparse.device and on_gpu else usable_cores(), **kwargs}
-            if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & kwargs.keys():
-                kwargs.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
-            kwargs = {"swa_full": False, **kwargs, "offload_kqv": False, "flash_attn": True}
-        header = read_header(model_path)
-        self._stamps = identity.stamps(identity.files_of(model_path, header.n_split))
-        self._lora_stamps = identity.stamps([path] if (path := kwargs.get("lora_path")) else [])
+            kwargs = _of_sparse(kwargs, sparse)
+        path = os.fsdecode(model_path)
+        header = read_header(path)
+        self._stamps = identity.stamps(identity.files_of(path, header.n_split))
+        self._lora_stamps = identity.stamps([lora] if (lora := kwargs.get("lora_path")) else [])
         if sparse is not None and not sparse.untested and header.arch not in TESTED:
-            if error := refusal(model_path):
+            if error := refusal(path):
                 raise error
-        n_ctx = kwargs.get("n_ctx", 512) or header.n_ctx_train
+        n_ctx = sizes.n_cells(kwargs.get("n_ctx", 512) or header.n_ctx_train)
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
+        self._watch = Watch()
         try:
-            super(Lifetime, self).__init__(os.fspath(model_path), **kwargs)
-        except (TemplateError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"the chat template or another text in {os.fspath(model_path)!r} cannot be read ({error}); fetch the file again"
-            ) from error
-        except ValueError as error:
-            if "load model" in str(error) or "create llama_context" in str(error):
-                raise ModelError(
-                    f"llama.cpp could not load {os.fspath(model_path)!r}: the file is damaged, of an unknown family, or "
-                    "memory ran out; verbose=True shows its own words"
-                ) from error
-            raise
-        except MemoryError as error:
-            raise ModelError(f"memory ran out while {os.fspath(model_path)!r} was loaded; {SMALLER}") from error
+            super(Lifetime, self).__init__(path, **kwargs)
+        except Exception as error:  # noqa: BLE001 - raised again
+            if (raised := self._watch.take_raised()) is not None:  # Ctrl-C, say, while it was loaded
+                raise raised from None
+            explained = _explained(error, path)
+            raise explained from (None if explained is error else error)
         if type(self.tokenizer_) is LlamaTokenizer:
             self.tokenizer_ = Tokenizer(self, self.limits.text_bytes)
         self.header = header
+        self._model.__class__ = CheckedModel
+        self._watch.over_context(self.ctx)
+        # llama.cpp rounds the context up, to whole 256 tokens; llama-cpp-python 0.3.36 has arrays of the size that was asked for
+        self.input_ids = np.zeros(self._n_ctx, np.intc)
+        if len(self.scores) < self._n_ctx and kwargs.get("logits_all"):
+            self.scores = np.zeros((self._n_ctx, self._n_vocab), np.single)
         self._n_swa = llama_cpp.llama_model_n_swa(self.model)
         self._config = sparse
         self._callback_error: BaseException | None = None
-        if sparse is not None:
-            try:
+        try:
+            self._refuse_pieces()
+            if sparse is not None:
                 kind = DeviceSession if sparse.device else Session
                 self._session = kind(self.ctx, sparse, self.n_batch, sizes.tap_bytes(header, self.n_ctx()), header.embedded)
+                self._session.attached.set_watch(self._watch.address)
                 self._bind_to_process()
                 if self._session.attached.info.pinned_bytes < 0:
                     warnings.warn("the KV cache could not be pinned (locked in memory); copies to the GPU will be slower", stacklevel=2)
-            except MemoryError as error:
-                self.close()
-                raise ModelError(f"memory ran out beside the KV cache of {n_ctx} tokens; {SMALLER}") from error
-            except BaseException:
-                self.close()
-                raise
+        except MemoryError as error:
+            self.close()
+            raise ModelError(f"memory ran out beside the KV cache of {n_ctx} tokens; {SMALLER}") from error
+        except BaseException:
+            self.close()
+            raise
         self._n_verify = min(VERIFY_TOKENS, self.n_batch, self._session.attached.info.max_taps if self._session else VERIFY_TOKENS)
         if self.draft_model is not None:
             self.draft_model = ShortDraft(self.draft_model, self._n_verify - 1)
             # unless they were asked for, logits stay with llama.cpp: `scores` has rows for n_batch tokens only
             self._logits_all = bool(kwargs.get("logits_all"))
 
+    def _refuse_pieces(self) -> None:
+        """Attention that is not causal sees a text in one piece; llama.cpp ends the process when it is cut."""
+        params = self.context_params
+        causal = params.attention_type == 0
+        if params.attention_type == -1:  # the model's
+            causal = self.metadata.get(f"{self.header.arch}.attention.causal") != "false"
+        if not causal and 0 < params.n_ubatch < params.n_batch:
+            raise ArgumentError(
+                f"n_ubatch is {params.n_ubatch} and n_batch {params.n_batch}; without causal attention a text is read in one piece: "
+                "make them equal"
+            )
+
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """As in llama-cpp-python."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        self._watch.over_loading(params)
+        self._model_params = params
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "sparse": self._config}
+
     # ---- evaluation
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the context. A smaller number takes the last ones back, at the next evaluation; ArgumentError for what is none."""
+        return self._n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, n_tokens: int) -> None:
+        n_tokens = arguments.whole(0, getattr(self, "_n_ctx", 0), ", what the context holds")("n_tokens", n_tokens)
+        if n_tokens < self._n_tokens:
+            self._requires_eval = True  # the logits are those of a token that is gone
+        self._n_tokens = n_tokens
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; single ones sparse once the history knows something of the context, a token with its draft dense.
 
         Raises
         ------
+        ArgumentError
+            Something else than tokens of the model.
         GenerationError
             It failed, was interrupted, the model was closed or another thread uses it; ``n_tokens`` says what the store holds.
         """
-        self._bind_to_process()
-        me = threading.get_ident()
-        if self._evaluator not in (None, me):
-            raise GenerationError("another thread evaluates with this model, which holds one sequence; take turns, or load it twice")
-        self._evaluator = me
-        in_generation = self._n_inside > 0  # then an interrupt since its last step counts
-        try:
+        tokens = arguments.token_ids("tokens", tokens, self._n_vocab)
+        with self._in_turn(refuse=True):
+            if self._ctx.memory is None:
+                raise GenerationError("this model has no context to evaluate in: it was loaded for its vocabulary, or for embeddings, only")
+            self._n_last, self._mark = len(tokens), object()
             if self._session is None:
                 for i in range(0, max(1, len(tokens)), self.n_batch):
-                    with self._using():
-                        self._evaluate(tokens[i : i + self.n_batch])
+                    self._advance_dense(tokens[i : i + self.n_batch])
             elif len(tokens) > 0:
-                with self._using():
-                    if not in_generation:
-                        self._clear_abort()
-                    self._advance(self._session, list(tokens))
-        finally:
-            self._evaluator = None
+                self._advance(self._session, tokens)
+
+    def _advance_dense(self, tokens: list[int]) -> None:
+        try:
+            self._evaluate(tokens)
+            self._raise_signal()
+        except BaseException as error:
+            self._requires_eval = True  # the logits are those of what failed
+            self._raise_signal()
+            if isinstance(error, RuntimeError) and "returned 2" in str(error):
+                raise GenerationError(f"the step was stopped; the store holds the {self.n_tokens} tokens before it") from error
+            raise
 
     def _advance(self, session: Session, tokens: list[int]) -> None:
-        if self.n_tokens + len(tokens) > self._n_ctx:
+        n, n_total = self.n_tokens, self.n_tokens + len(tokens)
+        if n_total > self._n_ctx:
             raise ContextFull(
-                f"the context is full: {self.n_tokens} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
+                f"the context is full: {n} + {len(tokens)} tokens do not fit n_ctx={self._n_ctx}; "
                 "start over, shorten the text or load the model with a larger n_ctx"
             )
-        n_before, whole = self.n_tokens, False  # whether what is run is taken whole or not at all
-        try:
-            if session.n_tokens != self.n_tokens or not session.history.primed:
-                session.truncate(self.n_tokens if self.n_tokens <= session.n_tokens else 0)
-                if self.n_tokens and not session.history.primed:
-                    tokens = self._take_back(N_RETAKEN) + tokens
-            if self._window_is_gone():
-                tokens = self._take_back(self.n_tokens) + tokens
-            whole = session.history.primed and len(tokens) <= (1 if self.draft_model is None else self._n_verify)
-            if not whole:
-                session.prompt(tokens, self._decode)
+        with self._undone_on_failure(session):
+            n_whole = 1 if self.draft_model is None else self._n_verify  # taken whole or not at all: a token, or one with its draft
+            goes_on = session.goes_on(n) and (len(tokens) <= n_whole or not session.checkpoints.ends_a_prompt(n))
+            n_stay = n if goes_on else session.go_back(n, n_total)
+            if self._window_is_gone(n_stay):
+                n_stay = session.go_back(0, n_total)
+            if n_stay < n:
+                tokens = self.input_ids[n_stay:n].tolist() + tokens
+                self.n_tokens = n_stay
+            if not session.history.primed or len(tokens) > n_whole:
+                session.prompt(tokens, self._decode, held=not self._turns.answers)
             elif len(tokens) > 1:
                 session.verify(tokens, self._decode)
             else:
                 if session.config.predictor in LOOK_AHEAD:
                     self._look_ahead(tokens[0])
                 session.step(tokens[0], self._decode)
-        except GenerationError:  # undone by _decode; or a KV callback's, and the tokens stay
-            raise
-        except BaseException as error:  # before or after the decode itself
-            if whole:
-                self.n_tokens = min(self.n_tokens, n_before)
-            self._after_failure()
-            if not isinstance(error, Exception):
+
+    @contextlib.contextmanager
+    def _undone_on_failure(self, session: Session) -> Iterator[None]:
+        """The one place where a step or a prompt that did not come to its end is undone, whatever ended it: this model and its session
+        hold what was done with before, and go on from there as if nothing had been."""
+        try:
+            yield
+        except BaseException as error:
+            self._n_cached = -1
+            self._clear_abort()
+            if session.busy:
+                self.n_tokens = min(self.n_tokens, session.n_done)
+                session.undo(self.n_tokens)
+            if isinstance(error, GenerationError) or not isinstance(error, Exception):
                 raise
             said = str(error) if isinstance(error, RuntimeError) else f"evaluating failed: {type(error).__name__}: {error}"
             raise GenerationError(f"{said}; the store holds the {self.n_tokens} tokens before it") from error
+
+    def _decode(self, tokens: Sequence[int]) -> None:
+        """llama_decode, and what must succeed for its tokens to count."""
+        session = self._session
+        assert session is not None
+        n_before = self.n_tokens
+        try:
+            self._evaluate(tokens)
+            session.finish_decode()
+            self._raise_signal()
+            self._n_cached = self.n_tokens
+        except BaseException as error:
+            self.n_tokens, self._requires_eval = n_before, True
+            self._raise_signal()
+            cause, self._callback_error = self._callback_error, None
+            if cause is not None and not isinstance(cause, Exception):  # Ctrl-C, say
+                raise cause from None
+            if cause is not None:
+                raise CallbackError(f"an attention callback raised {type(cause).__name__}: {cause}; the step was not taken") from cause
+            if isinstance(error, RuntimeError) and "returned 2" in str(error):
+                raise RuntimeError(session.attached.last_error or "the step was stopped") from error
+            raise
+
+    def _raise_signal(self) -> None:
+        """What a signal handler raised in the middle of a native call."""
+        if (raised := self._watch.take_raised()) is not None:
+            raise raised from None
 
     def _evaluate(self, tokens: Sequence[int]) -> None:
         """llama-cpp-python's eval of a batch, but for two kinds: of a token and its draft every token's logits are kept, by llama.cpp; and
@@ -220,35 +320,28 @@ class Llama(Lifetime, llama_cpp.Llama):
         self._requires_eval = False
 
     @functools.wraps(llama_cpp.Llama.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:  # type: ignore[override]
-        if self._session is not None:
-            self._clear_abort()
-        return self._in_turns(super().generate(*args, **kwargs))
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:  # type: ignore[override]
+        checked = arguments.token_ids("tokens", tokens, self._n_vocab)
+        if not checked and (kwargs.get("reset", True) or not self.n_tokens):
+            raise ArgumentError("the prompt is empty; give it a token at least")
+        arguments.optional(arguments.function)("stopping_criteria", kwargs.get("stopping_criteria"))
+        return self._in_turns(super().generate(checked, *args, **kwargs))
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        if kwargs.get("logit_bias") is not None:
+            kwargs["logit_bias"] = arguments.logit_bias("logit_bias", kwargs["logit_bias"], self._n_vocab)
         return self._in_turns(super()._create_completion(*args, **kwargs))  # type: ignore[arg-type]  # a generator
 
-    @inside
-    def sample(self, *args: Any, **kwargs: Any) -> int:
-        """As in llama-cpp-python.
-
-        Raises
-        ------
-        GenerationError
-            The grammar allows none of the model's tokens, or too many continuations at once.
-        """
-        token = super().sample(*args, **kwargs)
-        if error := native.kvcast_grammar_error():
-            raise GenerationError(
-                f"the grammar cannot go on here ({error.decode(errors='replace')[:200]}); ask again, or change the grammar"
-            )
-        return token
-
-    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+    def _init_sampler(self, **kwargs: Any) -> Any:  # type: ignore[override]  # as it is called
         """Every grammar comes through here; see ``grammar.check_grammar``."""
-        if grammar is not None:
-            self.check_grammar(grammar)
-        return super()._init_sampler(*args, grammar=grammar, **kwargs)
+        kwargs = arguments.of_sampling(kwargs)
+        if kwargs.get("grammar") is not None:
+            self.check_grammar(kwargs["grammar"])
+        self._processors = None
+        if kwargs.get("logits_processor") is not None:
+            self._processors = Processors(kwargs["logits_processor"], kwargs.get("grammar") is not None)
+            kwargs["logits_processor"] = [self._processors]
+        return super()._init_sampler(**kwargs)
 
     def check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
         """Whether answers can be held to a grammar.
@@ -265,9 +358,6 @@ class Llama(Lifetime, llama_cpp.Llama):
         if not sampler:
             raise GrammarError(f"llama.cpp cannot read the grammar{f' ({reason})' if reason else ''}; correct it (GBNF, with a rule root)")
         llama_cpp.llama_sampler_free(sampler)
-
-    tokenize = inside(llama_cpp.Llama.tokenize)
-    detokenize = inside(llama_cpp.Llama.detokenize)
 
     def create_chat_completion(self, messages: list[Any], *args: Any, parallel_tool_calls: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in llama-cpp-python, with what OpenAI's clients send beyond it: messages whose content is null, parts of text, the role
@@ -300,7 +390,7 @@ class Llama(Lifetime, llama_cpp.Llama):
             return answer
         return choice.chunks(answer) if given.get("stream") else choice.message(answer)
 
-    @inside
+    @in_turn
     def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = True, return_count: bool = False) -> Any:
         """As in llama-cpp-python, which writes beside its memory for a text without tokens, and mixes up texts where tokens are not pooled.
 
@@ -314,6 +404,8 @@ class Llama(Lifetime, llama_cpp.Llama):
         texts = [input] if isinstance(input, str) else list(input)
         if not texts:
             raise ValueError("there is no text to embed; give at least one")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise arguments.wrong("a text of input", wrong[0], "a string")
         # a batch of tokens that all see one another is computed at once, or llama.cpp ends the process
         n_most = self.n_batch if llama_cpp.llama_get_causal_attn(self.ctx) else self.context_params.n_ubatch
         for i, text in enumerate(texts):
@@ -334,67 +426,83 @@ class Llama(Lifetime, llama_cpp.Llama):
         return (found, n_tokens) if return_count else found
 
     @inside
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """As in llama-cpp-python.
+
+        Raises
+        ------
+        GenerationError
+            There are no logits to choose a token by.
+        CallbackError
+            A logits processor raised; its exception is the ``__cause__``.
+        """
+        at = -1 if idx is None else arguments.whole(0, arguments.INT32_MAX)("idx", idx) - self.n_tokens
+        if self.n_tokens == 0 or not self._ctx.get_logits_ith(at):
+            raise GenerationError("there are no logits to choose a token by; evaluate one first")
+        token = super().sample(*args, **{**kwargs, "idx": idx})
+        if self._processors is not None:
+            self._processors.check()
+        if error := native.kvcast_grammar_error():
+            reason = error.decode(errors="replace")[:200]
+            raise GenerationError(f"the grammar cannot go on here ({reason}); ask again, or change the grammar")
+        return token
+
+    def set_seed(self, seed: int) -> None:
+        """As in llama-cpp-python."""
+        super().set_seed(arguments.whole(-(1 << 63), (1 << 63) - 1)("seed", seed))
+
+    tokenize = inside(llama_cpp.Llama.tokenize)
+    detokenize = inside(llama_cpp.Llama.detokenize)
+    reset = in_turn(llama_cpp.Llama.reset)
+
+    @in_turn
     def dense_eval(self, token: int) -> None:
         """Evaluate one token dense, with a session that is otherwise sparse. For evaluation; ``eval`` goes on sparse."""
-        self._clear_abort()
-        self.session.dense_step(token, self._decode)
+        session = self.session
+        token = arguments.token_id("token", token, self._n_vocab)
+        with self._undone_on_failure(session):
+            session.dense_step(token, self._decode)
 
-    def _take_back(self, n_most: int) -> list[int]:
-        """Drop the last tokens of the store; they are returned, to be run once more."""
-        assert self._session is not None
-        n_back = min(self.n_tokens, n_most)
-        again = self.input_ids[self.n_tokens - n_back : self.n_tokens].tolist()
-        self.n_tokens -= n_back
-        self._session.truncate(self.n_tokens)
-        return again
-
-    def _window_is_gone(self) -> bool:
-        """Whether sliding-window layers have dropped keys that the next token attends to: after a long way back."""
-        if not self._n_swa or not self.n_tokens:
+    def _window_is_gone(self, n_tokens: int) -> bool:
+        """Whether sliding-window layers have dropped keys that the token after so many attends to: after a long way back."""
+        if not self._n_swa or not n_tokens:
             return False
         first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
-        return not 0 <= first <= max(0, self.n_tokens - self._n_swa)
+        return not 0 <= first <= max(0, n_tokens - self._n_swa)
 
     def _look_ahead(self, token: int) -> None:
         """The token's true scores and queries, from a dense step that is taken back."""
         assert self._session is not None
         self._session.observe_truth(token, self._decode)
-        self.n_tokens -= 1
+        self._n_tokens -= 1
         self._session.n_tokens -= 1
 
-    def _decode(self, tokens: Sequence[int]) -> None:
-        session = self._session
-        assert session is not None
-        n_before = self.n_tokens
-        try:
-            self._evaluate(tokens)
-            session.finish_decode()
-            self._n_cached = self.n_tokens
-        except RuntimeError as error:
-            self.n_tokens = n_before
-            reason = session.attached.last_error or "the step was stopped" if "returned 2" in str(error) else str(error)
-            self._after_failure()
-            cause, self._callback_error = self._callback_error, None
-            if cause is not None and not isinstance(cause, Exception):  # Ctrl-C, say
-                raise cause from None
-            if cause is not None:
-                raise CallbackError(f"an attention callback raised {type(cause).__name__}: {cause}; the step was not taken") from cause
-            raise GenerationError(f"{reason}; the store holds the {self.n_tokens} tokens before it") from error
-        except BaseException:
-            self.n_tokens = min(self.n_tokens, n_before)
-            self._after_failure()
-            raise
+    # ---- turns
 
-    def _after_failure(self) -> None:
-        assert self._session is not None
-        self._n_cached = -1
-        self._requires_eval = True  # the logits are those of what failed
+    def _begin_turn(self) -> None:
         self._clear_abort()
-        self._session.truncate(self.n_tokens)
+
+    def _context(self) -> Context:
+        names = ("_sampler", "_processors", "_mirostat_mu", "_seed")
+        of_sampling = {name: getattr(self, name, None) for name in names}
+        return Context(self.input_ids[: self.n_tokens].copy(), self._n_last, self._mark, of_sampling)
+
+    def _go_on(self, context: Context) -> None:
+        for name, value in context.of_sampling.items():
+            setattr(self, name, value)
+        if context.mark is self._mark:
+            return
+        n = len(context.tokens)
+        same = context.tokens[: self.n_tokens] == self.input_ids[: min(n, self.n_tokens)]
+        n_same = len(same) if same.all() else int(same.argmin())
+        n_last = context.n_last if context.n_last <= self._n_verify else 1
+        self.n_tokens = min(n_same, n - n_last)
+        self.eval(context.tokens[self.n_tokens : n - n_last].tolist())
+        self.eval(context.tokens[n - n_last :].tolist())
 
     # ---- state
 
-    @inside
+    @in_turn
     def save_state(self) -> llama_cpp.LlamaState:
         """As in llama-cpp-python: a copy of the whole state in memory.
 
@@ -408,7 +516,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         except MemoryError as error:
             raise SessionError("there is no memory for a copy of the state; save_session writes it to a file without one") from error
 
-    @inside
+    @in_turn
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """As in llama-cpp-python; the history is made again at the next evaluation, from the last 64 tokens.
 
@@ -435,11 +543,11 @@ class Llama(Lifetime, llama_cpp.Llama):
         self._forget()
 
     def _forget(self) -> None:
-        self._n_cached = -1
+        self._n_cached, self._mark = -1, object()
         if self._session is not None:
             self._session.forget()
 
-    @inside
+    @in_turn
     def save_session(self, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
         """Keep the whole session in a file: tokens, store, and what is remembered of attention.
 
@@ -465,7 +573,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         """
         session_file.save(self, Path(path), about or {})
 
-    @inside
+    @in_turn
     def load_session(self, path: str | os.PathLike[str], check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Go on with a session that ``save_session`` kept; what this one held is gone.
 
@@ -505,6 +613,8 @@ class Llama(Lifetime, llama_cpp.Llama):
         self._forget_native()
         if hasattr(self, "_stack"):
             super(Lifetime, self).close()
+        if hasattr(self, "_watch"):
+            self._watch.close()
 
     def _leave_to_parent(self) -> None:
         for part in (self._batch, self._ctx, self._model, self):
@@ -539,12 +649,14 @@ class Llama(Lifetime, llama_cpp.Llama):
 
     def interrupt(self) -> None:
         """Stop the running step, or the next one of a generation that has begun, from a signal handler or another thread; generation
-        ends with ``GenerationError``. Nothing is stopped with ``sparse=None``."""
+        ends with ``GenerationError``, between two operations of what the CPU computes."""
         with self._lock:
-            if self._session is None or self._freed:
+            if self._freed:
                 return
             self._hush()
-            self._session.attached.abort()
+            self._watch.stop()
+            if self._session is not None:
+                self._session.attached.abort()
 
     def _hush(self) -> None:
         """Until the next step: llama.cpp calls a stopped one an error, in three lines."""
@@ -558,7 +670,10 @@ class Llama(Lifetime, llama_cpp.Llama):
             if self._hushed:
                 self._hushed = False
                 native.speak()
-            if self._session is not None and not self._closing:
+            if self._closing:
+                return
+            self._watch.go_on()
+            if self._session is not None:
                 self._session.attached.clear_abort()
 
     def attention_row(self, layer: int) -> np.ndarray:
@@ -614,7 +729,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         CallbackError
             From the call that evaluates, when ``fn`` raised or returned something else; the tokens are in the store.
         """
-        self.session.on_kv = fn if fn is None else self._kv_caller(fn)
+        self.session.on_kv = fn if fn is None else self._kv_caller(arguments.function_or_address("on_kv's function", fn))
 
     def _kv_caller(self, fn: KvFn | int) -> Callable[[int, int], None]:
         attached = self.session.attached
@@ -626,7 +741,9 @@ class Llama(Lifetime, llama_cpp.Llama):
                 layer = int(attached.layers[index])
                 if native_fn is None:
                     assert not isinstance(fn, int)
-                    fn(layer, block, *attached.rows_of(index, block * native.BLOCK_TOKENS, (block + 1) * native.BLOCK_TOKENS))
+                    rows = attached.rows_of(index, block * native.BLOCK_TOKENS, (block + 1) * native.BLOCK_TOKENS)
+                    with self._calling_back():
+                        fn(layer, block, *rows)
                     return
                 k, v = (rows[block * native.BLOCK_TOKENS :].ctypes.data for rows in attached.rows(index))
                 failed = native_fn(layer, block, k, v, info.k_row_bytes, info.v_row_bytes)
@@ -654,6 +771,7 @@ class Llama(Lifetime, llama_cpp.Llama):
             From the call that generates, when ``fn`` raised; its exception is the ``__cause__``.
         """
         attached = self.session.attached
+        fn = arguments.optional(arguments.function_or_address)("on_attention's function", fn)
         if fn is None or isinstance(fn, int):
             attached.set_attention_callback(fn)
             return
@@ -671,7 +789,8 @@ class Llama(Lifetime, llama_cpp.Llama):
                         full[head, attached.blocks[index, head, :n]] = given[head, :n]
                 else:
                     full = given[:, :n_used].copy()
-                fn(layer, pos, full)
+                with self._calling_back():
+                    fn(layer, pos, full)
                 return 0
             except BaseException as error:  # noqa: BLE001 - must not pass through native code; raised again by _decode
                 self._callback_error = error
@@ -692,23 +811,32 @@ def _schemas(given: dict[str, Any]) -> Iterator[Any]:
         yield from (function["parameters"] for function in functions if function.get("parameters"))
 
 
-def _refuse_contradictions(kwargs: dict[str, Any]) -> None:
-    wrong: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "offload_kqv": (lambda v: bool(v), "the KV cache lies in host memory"),
-        "flash_attn": (lambda v: not v, "V must be stored row by row"),
-        "embedding": (lambda v: bool(v), "embeddings have no decode steps"),
-        "chat_handler": (lambda v: v is not None, "multimodal handlers bring another libllama"),
-    }
-    for name, (is_wrong, why) in wrong.items():
-        if name in kwargs and is_wrong(kwargs[name]):
-            raise ValueError(f"{name}={kwargs[name]!r} contradicts sparse=SparseConfig(...): {why}; leave it out or use sparse=None")
+def _of_sparse(kwargs: dict[str, Any], sparse: SparseConfig) -> dict[str, Any]:
+    """What a sparse model is loaded with; ValueError when the arguments contradict that."""
+    arguments.refuse_contradictions(kwargs)
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    on_gpu = llama_cpp.llama_supports_gpu_offload() and given.get("n_gpu_layers", 0)
+    if not given.get("n_threads_batch"):
+        given["n_threads_batch"] = given.get("n_threads") or usable_cores()
+    if not given.get("n_threads"):
+        given["n_threads"] = STEP_THREADS if sparse.device and on_gpu else usable_cores()
+    if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & given.keys():
+        given.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
+    return {"swa_full": False, **given, "offload_kqv": False, "flash_attn": True}
 
 
-def _closest(name: str) -> str | None:
-    import difflib
-
-    found = difflib.get_close_matches(name, [*_ARGUMENTS, "sparse"], n=1)
-    return found[0] if found else None
+def _explained(error: Exception, path: str) -> Exception:
+    """What made loading a model fail, as an error of ours where it is one."""
+    if isinstance(error, TemplateError | UnicodeDecodeError):
+        return ModelError(f"the chat template or another text in {path!r} cannot be read ({error}); fetch the file again")
+    if isinstance(error, MemoryError):
+        return ModelError(f"memory ran out while {path!r} was loaded; {SMALLER}")
+    if isinstance(error, ValueError) and ("load model" in str(error) or "create llama_context" in str(error)):
+        return ModelError(
+            f"llama.cpp could not load {path!r}: the file is damaged, of an unknown family, or memory ran out; "
+            "verbose=True shows its own words"
+        )
+    return error
 
 
 def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: bool) -> None:

@@ -89,6 +89,7 @@ DENSE, HISTORY, SPARSE = 0, 1, 2
 TRACE_NONE, TRACE_HEAD = 0, 1
 
 kvcast_p = ctypes.c_void_p
+kvcast_watch_p = ctypes.c_void_p
 c_float_p = ctypes.POINTER(ctypes.c_float)
 c_int32_p = ctypes.POINTER(ctypes.c_int32)
 ctypes_function = llama_cpp.ctypes_function
@@ -107,6 +108,7 @@ kv_callback = ctypes.CFUNCTYPE(
 
 # int64 fn(user, data, n_bytes)
 kvcast_io = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+watch_poll = ctypes.CFUNCTYPE(ctypes.c_int32)  # int fn(): 0 to stop
 
 
 class kvcast_params(ctypes.Structure):
@@ -181,6 +183,14 @@ def kvcast_abort(kv, /): ...
 def kvcast_clear_abort(kv, /): ...
 @ctypes_function("kvcast_grammar_error", [], ctypes.c_char_p)
 def kvcast_grammar_error() -> bytes: ...
+@ctypes_function("kvcast_watch_new", [watch_poll], kvcast_watch_p)
+def kvcast_watch_new(poll, /): ...
+@ctypes_function("kvcast_watch_free", [kvcast_watch_p], None)
+def kvcast_watch_free(watch, /): ...
+@ctypes_function("kvcast_watch_stop", [kvcast_watch_p, ctypes.c_int32], None)
+def kvcast_watch_stop(watch, stop, /): ...
+@ctypes_function("kvcast_set_watch", [kvcast_p, kvcast_watch_p], None)
+def kvcast_set_watch(kv, watch, /): ...
 @ctypes_function("kvcast_last_error", [kvcast_p], ctypes.c_char_p)
 def kvcast_last_error(kv, /) -> bytes: ...
 @ctypes_function("kvcast_set_attention_callback", [kvcast_p, attention_callback, ctypes.c_void_p], None)
@@ -444,6 +454,9 @@ class Attached:
 
     def takes_summary_state(self, state: npt.NDArray[np.uint8]) -> bool:
         """Whether ``summary_state`` can be set to this."""
+        if state.dtype != np.uint8 or state.shape != (self.n_summary_state,):
+            return False
+        state = np.ascontiguousarray(state)
         return kvcast_check_summary_state(self._kv, state.ctypes.data, len(state))
 
     def choose_anew(self) -> None:
@@ -516,6 +529,10 @@ class Attached:
 
     def clear_abort(self) -> None:
         kvcast_clear_abort(self._kv)
+
+    def set_watch(self, watch: int) -> None:
+        """Ask a ``kvcast_watch``, too, whether to go on."""
+        kvcast_set_watch(self._kv, watch)
 
     @property
     def last_error(self) -> str:

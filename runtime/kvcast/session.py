@@ -3,6 +3,10 @@
 One token a step; prompts run dense but for their last tokens, whose scores prime the history. A token and its draft run dense
 in one batch, and those that stay enter the history. The store is llama.cpp's own KV cache and is complete after every step; what
 is kept here (history, lists) can always be made again from it by running the last tokens once more.
+
+Whatever ends a step or a prompt before its end - an error of llama.cpp, a callback that raises, an interrupt - leaves the session
+``busy``; ``undo`` then brings it back to ``n_done`` tokens, the last ones of which all is known. Whoever calls is to call it, and what
+begins next does so first where nobody did.
 """
 
 from __future__ import annotations
@@ -20,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from . import native, predictors
+from .checkpoints import HISTORY_TOKENS, Checkpoints, State
 from .config import SparseConfig
 from .embedded import Embedded
 from .errors import KvcastError
-from .history import History
+from .history import DECAYS, History
 from .selection import append_block, list_all, select, select_free
 
-HISTORY_TOKENS = 64  # of a prompt, in history mode
 GUARD_TOKENS = 8  # of those, held back to try the predictor on
 GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
 HISTORY_BYTES_MAX = 1 << 30  # of their scores, on the host
@@ -123,7 +127,9 @@ class Session:
 
     def __post_init__(self) -> None:
         trace = native.TRACE_HEAD if self.config.trace or self.config.predictor == "quest" else native.TRACE_NONE
-        self.attached = self._attach(n_taps_within(self.n_bytes_per_tap), trace)
+        # a batch in history mode is one of llama.cpp's, which cuts larger ones
+        n_taps = min(n_taps_within(self.n_bytes_per_tap), native.llama_cpp.llama_n_ubatch(self.ctx))
+        self.attached = self._attach(n_taps, trace)
         try:
             self._set_up()
         except BaseException:
@@ -142,9 +148,14 @@ class Session:
         self.n_free = self.attached.n_free.reshape(self.n_rows)
         self.shares = self.attached.shares.reshape(self.n_rows)
         self.history = History(info.n_layer, info.n_head_kv, info.n_blocks)
+        self.checkpoints = Checkpoints(self.n_batch)
+        self.n_tokens = 0  # in the store, as far as the session knows
         self._use(predictors.make(self.config, self.attached, self.embedded))
         self.frozen = False  # keep the lists, take no scores (the ceiling in benchmarks)
-        self.n_tokens = 0  # in the store, as far as the session knows
+        self.n_done = 0  # of them, those whose step or batch is done with
+        self.busy = False  # a step or a prompt has begun and not ended
+        self._lost = False  # a prompt ended before its end, so that what is known is not that of the tokens: go back first
+        self._warned = False  # of a predictor that does worse than the average
         self._age: int | None = None  # steps since the last selection; None: select before the next step
         self._since_calibration = 0
         self._n_listed_blocks = 0  # blocks in use that the lists know of
@@ -215,29 +226,120 @@ class Session:
             raise KvcastError(f"there is no memory for predictor={config.predictor!r}; the session goes on with the one it had") from error
         self.config = config
         self.frozen = frozen
-        self.times = StepTimes()
+        self.reset_stats()
         self._warm_up_selection()
         self._drop_set()
         self._since_calibration = 0
 
+    def reset_stats(self) -> StepTimes:
+        """Count and time from zero; returns the new sums."""
+        self.times = StepTimes()
+        return self.times
+
     # ---- edits
 
     def truncate(self, n_tokens: int) -> None:
-        """The store now ends at ``n_tokens``: drop what was known of the rest."""
+        """The store now ends at ``n_tokens``: drop what was known of the rest. What the dropped tokens taught of others stays; to go on as
+        if they had never been, ``go_back``."""
+        self.busy = True
         self._settle()
         self._confirm(n_tokens)
-        self.history.truncate(n_tokens)
-        self.n_tokens = n_tokens
+        if n_tokens < self.n_tokens:
+            self.history.truncate(n_tokens)
+        self.n_tokens = self.n_done = n_tokens
         self._drop_set()
         self.attached.invalidate(n_tokens)
+        self.checkpoints.cut(n_tokens)
         self._n_summarised = min(self._n_summarised, n_tokens)
         self._n_reported = min(self._n_reported, n_tokens // native.BLOCK_TOKENS)
+        self.busy = False
 
     def forget(self) -> None:
         """The store's content is unknown (a load): nothing that was known holds."""
         self.truncate(0)
 
-    def save(self, n_tokens: int) -> tuple[dict[str, int | bool], dict[str, np.ndarray]]:
+    def undo(self, n_tokens: int) -> None:
+        """After whatever ended a step or a prompt before its end: the session is that of ``n_tokens`` again, ``n_done`` at most."""
+        if self._worker is not None and self._pending is None:  # an interrupt may have come before what runs beside was noted
+            self._pending = self._worker.submit(lambda: None)
+        self._settle()
+        self._clear_set()
+        self.truncate(n_tokens)
+
+    def goes_on(self, n_tokens: int) -> bool:
+        """Whether the next step or prompt may simply follow the ``n_tokens`` in the store. Tokens of a draft that are taken back are
+        dropped here."""
+        first, n = self._unconfirmed
+        if first <= n_tokens < first + n and self.n_tokens == first + n and not self.busy:
+            self.truncate(n_tokens)
+        known = self.history.primed or n_tokens == 0
+        return self.n_tokens == n_tokens and known and not self._lost
+
+    def go_back(self, n_tokens: int, n_total: int) -> int:
+        """The store was cut at ``n_tokens``, or holds so many that the session does not know, and is to be read on to ``n_total``: be
+        again what the session was where prompts began and ended, as if the tokens after that had never been.
+
+        Returns
+        -------
+        int
+            Tokens that stay; those from there to ``n_tokens`` have to be read again.
+        """
+        self._settle()
+        self.busy = self._lost = True
+        if n_tokens > self.n_tokens:
+            self.checkpoints.adopt(n_tokens)
+        checkpoint, n_stay = self.checkpoints.back(n_tokens, n_total)
+        n_reported = self._n_reported
+        self._clear_set()
+        self.truncate(n_stay)
+        self._take_state(checkpoint.state)
+        if n_stay == n_tokens > 0 and not self.history.primed and n_total - n_tokens < HISTORY_TOKENS:  # too few to prime it
+            self.checkpoints.adopt(n_tokens)
+            return self.go_back(n_tokens, n_total)
+        self._n_reported = min(n_reported, n_tokens // native.BLOCK_TOKENS)  # what is read again is the same
+        self._lost = n_stay < n_tokens
+        return n_stay
+
+    def _state(self) -> State | None:
+        """What the store alone does not give again; None when nothing is known of attention."""
+        self.take_in()
+        if not self.history.primed:
+            return None
+        kept = self.history.kept(self._n_blocks())
+        return State(
+            history={name: np.array(x) for name, x in kept.items()},
+            n_observed=self.history.n_observed,
+            summary=self.attached.summary_state if self._n_summarised else None,
+            n_summarised=self._n_summarised,
+            poor=self._poor,
+        )
+
+    def _take_state(self, state: State | None) -> None:
+        self.history.truncate(0)
+        self._n_summarised, self._poor = 0, False
+        if state is not None and self.history.take(state.history, state.n_observed):
+            if state.summary is not None:
+                self.attached.summary_state = state.summary
+                self._n_summarised = state.n_summarised
+            self._poor = state.poor
+
+    def _fits(self, state: State, n_tokens: int) -> bool:
+        """Whether a state can be one of this session, at ``n_tokens``."""
+        averages, steps = state.history.get("averages"), state.history.get("last_steps")
+        n_blocks = -(-n_tokens // native.BLOCK_TOKENS)
+        if averages is None or averages.shape != (self.n_rows, len(DECAYS), n_blocks) or averages.dtype != np.float32:
+            return False
+        if steps is not None and (steps.ndim != 3 or steps.shape[1:] != (self.n_rows, n_blocks) or steps.dtype != np.float32):
+            return False
+        if not 0 < state.n_observed < 1 << 62 or not 0 <= state.n_summarised <= n_tokens:
+            return False
+        if not all(np.isfinite(x).all() for x in state.history.values()) or (steps is None and self.predictor.n_steps_kept):
+            return False
+        return (state.summary is None) == (state.n_summarised == 0) and (
+            state.summary is None or self.attached.takes_summary_state(state.summary)
+        )
+
+    def save(self, n_tokens: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Numbers and arrays with which ``restore`` goes on exactly as this session will; empty when nothing is known.
 
         The next step then depends on them and on the store alone, here too: the set is selected anew, and the device path plans
@@ -248,20 +350,26 @@ class Session:
         n_tokens : int
             In the store.
         """
+        cut = not self.goes_on(n_tokens)
         self.truncate(n_tokens if n_tokens <= self.n_tokens else 0)
+        self.history.truncate(self.n_tokens)
         self._clear_set()
+        self._lost |= cut
         if not self.history.primed:
             return {}, {}
+        places, states = self.checkpoints.kept()
         numbers = {
             "n_observed": self.history.n_observed,
             "since_calibration": self._since_calibration,
             "poor": self._poor,
             "n_summarised": self._n_summarised,
             "fell_back": self._passed_over is not None,
+            "lost": self._lost,
+            "checkpoints": places,
         }
         arrays = self.history.kept(n_tokens // native.BLOCK_TOKENS)
         self.history.change_from(0)  # predictions made anew differ in their last digits
-        return numbers, {**arrays, "summary": self.attached.summary_state}
+        return numbers, {**arrays, **states, "summary": self.attached.summary_state}
 
     def check(self, numbers: dict[str, Any], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
         """Whether ``restore`` can take this, of anybody's: what ``save`` yields with this model and any settings.
@@ -280,7 +388,7 @@ class Session:
             "n_summarised": (int, 0, n_tokens),
             "fell_back": (bool, 0, 1),
         }
-        if numbers.keys() != bounds.keys():
+        if numbers.keys() != bounds.keys() | {"checkpoints", "lost"} or type(numbers["lost"]) is not bool:
             raise ValueError("its numbers are others")
         for name, (kind, least, most) in bounds.items():
             if type(numbers[name]) is not kind or not least <= numbers[name] <= most:
@@ -306,8 +414,10 @@ class Session:
             return
         if self.attached.n_summary_state:
             self.attached.summary_state = arrays["summary"]
-        self.n_tokens, self._n_summarised = n_tokens, numbers["n_summarised"]
+        self.n_tokens = self.n_done = n_tokens
+        self._n_summarised, self._lost = numbers["n_summarised"], numbers["lost"]
         self._since_calibration, self._poor = numbers["since_calibration"], numbers["poor"]
+        self.checkpoints.take(numbers["checkpoints"], arrays, n_tokens, self._fits)
         if numbers["fell_back"] and isinstance(self.predictor, predictors.Learned):
             self._fall_back()
         elif not numbers["fell_back"] and self._passed_over is not None:
@@ -315,39 +425,59 @@ class Session:
 
     # ---- steps. ``decode`` runs llama_decode on the tokens it is given and returns when the logits are there.
 
-    def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
-        """Run a batch of tokens dense; the last ones prime the history."""
-        n_taps = self.attached.info.max_taps
-        n_dense = max(0, len(tokens) - HISTORY_TOKENS)
+    def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None], *, held: bool = True) -> None:
+        """Run a batch of tokens dense; the last ones prime the history. Not ``held``: they are the prompt of an answer."""
+        self._begin()
+        self._lost = True
+        self._confirm(self.n_tokens)
+        begun = self.checkpoints.begin(self.n_tokens, held, self._state)
+        if self._passed_over is not None:  # for the prompt before
+            self._use(self._passed_over)
+        self.history.renew()
+        n_taps, n_all = self.attached.info.max_taps, len(tokens)
+        n_dense = max(0, n_all - HISTORY_TOKENS)
         for i in range(0, n_dense, self.n_batch):
-            self._run(native.DENSE, tokens[i : min(i + self.n_batch, n_dense)], decode)
-            self._report(i + self.n_batch, len(tokens))
-        for i in range(n_dense, len(tokens), n_taps):
+            part = tokens[i : min(i + self.n_batch, n_dense)]
+            self._run(native.DENSE, part, decode)
+            if len(part) == self.n_batch:
+                begun.n_whole = self.n_tokens - begun.n_tokens
+            self._tell(i + len(part), n_all)
+        last_batch = self.n_tokens
+        for i in range(n_dense, n_all, n_taps):
             part = tokens[i : i + n_taps]
             self._run(native.HISTORY, part, decode)
-            n_check = min(GUARD_TOKENS, len(part) // 2) if i + n_taps >= len(tokens) else 0
+            n_check = min(GUARD_TOKENS, len(part) // 2) if i + n_taps >= n_all else 0
             self.history.observe_all(self.attached.history_scores, 0, len(part) - n_check, self._n_blocks())
             if n_check:
                 self._guard(self.attached.history_scores[:, len(part) - n_check : len(part)].mean(1))
                 self.history.observe_all(self.attached.history_scores, len(part) - n_check, len(part), self._n_blocks())
             if self.on_primed is not None:
                 self.on_primed(self.attached.history_scores[:, : len(part)])
-            self._report(i + n_taps, len(tokens))
+            if i + n_taps < n_all:
+                self._tell(i + n_taps, n_all)
         self.attached.end_prompt()
         self._drop_set()
+        self._clear_set()
         self._since_calibration = 0  # the last tokens were dense: every score is new
         if self.weights is not None and self.n_tokens >= 2 * self._n_summarised:
             self.attached.prepare_summary()
             self._n_summarised = self.n_tokens
+        self.checkpoints.ended(begun, last_batch, self.n_tokens, held, self._state())
+        self._lost = False
+        self._end()
+        self._tell(n_all, n_all)
 
     def verify(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None]) -> None:
         """Run a token and its draft dense, in one batch of at most ``max_taps``. Scores of those that are not taken back by a
         ``truncate`` enter the history at the next call."""
+        self._begin()
         first = self.n_tokens
         self._run(native.HISTORY, tokens, decode)
         self._unconfirmed = first, len(tokens)
         self._drop_set()
         self._since_calibration = 0
+        self._end()
+        self._report_kv()
 
     def _confirm(self, n_tokens: int) -> None:
         """The store ends at ``n_tokens``: take in the scores of a verified batch's tokens before that."""
@@ -357,13 +487,17 @@ class Session:
         if n_stay > 0:
             self.history.observe_all(self.attached.history_scores, 0, n_stay, -(-(first + n_stay) // native.BLOCK_TOKENS))
 
-    def _report(self, n_done: int, n_tokens: int) -> None:
+    def _tell(self, n_done: int, n_tokens: int) -> None:
+        """Whoever wants to know of progress: last, as what is called may raise."""
+        self.n_done = self.n_tokens
+        self._report_kv()
         if self.on_progress is not None:
-            self.on_progress(min(n_done, n_tokens), n_tokens)
+            self.on_progress(n_done, n_tokens)
 
     def step(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token over the selected blocks."""
         begin = time.perf_counter()
+        self._begin()
         self._confirm(self.n_tokens)
         n_used = self.n_tokens // native.BLOCK_TOKENS + 1
         self._since_calibration += 1
@@ -390,11 +524,29 @@ class Session:
         self.attended, self.n_attended, self.step_shares = self.blocks, self.n_listed + self.n_free, self.shares
         position = self.n_tokens
         self._run(native.SPARSE, [token], decode)
+        self.n_done = self.n_tokens  # whatever comes now: the store and the logits are those of the token
         self._observe(before, begin, n_used)
-        if self.on_attended is not None:
-            self.on_attended(position)
         if saved is not None:
             self._restore(saved)
+        self._end()
+        self._stepped(position)
+
+    def _begin(self) -> None:
+        """A step or a prompt begins."""
+        if self.busy:  # nobody undid what was before
+            self.undo(self.n_done)
+        self.busy = True
+
+    def _end(self) -> None:
+        """It is done with: nothing of it is undone any more."""
+        self.n_done = self.n_tokens
+        self.busy = False
+
+    def _stepped(self, position: int) -> None:
+        """Whoever wants to know of a step, or of the blocks that it completed: last, as what is called may raise."""
+        if self.on_attended is not None:
+            self.on_attended(position)
+        self._report_kv()
 
     def _observe(self, before: native.kvcast_stats, begin: float, n_used: int) -> None:
         """Take in a sparse step that began at ``begin``, and count it."""
@@ -431,13 +583,20 @@ class Session:
 
     def observe_truth(self, token: int, decode: Callable[[Sequence[int]], None]) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""
+        self._begin()
         self._run(native.HISTORY, [token], decode)
         self.history.observe_all(self.attached.history_scores, 0, 1, self._n_blocks())
         self._age = None
+        self._end()
 
     def dense_step(self, token: int, decode: Callable[[Sequence[int]], None], mode: int = native.DENSE) -> None:
         """Run one token dense; ``mode=native.HISTORY`` leaves its scores in ``attached.history_scores``. For evaluation."""
+        self._begin()
         self._run(mode, [token], decode)
+        if not self.history.primed:
+            self.checkpoints.adopt(self.n_tokens)
+        self._end()
+        self._report_kv()
 
     @property
     def free_range(self) -> tuple[int, int]:
@@ -466,11 +625,10 @@ class Session:
         self.n_tokens += len(tokens)
         if mode == native.HISTORY:
             self.n_history_taps = len(tokens)
-        if self.on_kv is not None:
-            self._report_kv(self.on_kv)
 
-    def _report_kv(self, report: Callable[[int, int], None]) -> None:
-        while self._n_reported < self.n_tokens // native.BLOCK_TOKENS:
+    def _report_kv(self) -> None:
+        report = self.on_kv
+        while report is not None and self._n_reported < self.n_tokens // native.BLOCK_TOKENS:
             block = self._n_reported
             self._n_reported += 1
             for layer in range(self.attached.info.n_layer):
@@ -504,7 +662,8 @@ class Session:
         self.attached.choose_anew()
 
     def _use(self, predictor: predictors.Predictor) -> None:
-        self.history.keep_steps(predictor.n_steps_kept)  # first: it may not fit into memory
+        if self.history.keep_steps(predictor.n_steps_kept):  # first: it may not fit into memory
+            self.checkpoints.adopt(self.n_tokens)  # which have no such steps
         self.predictor = predictor
         self._passed_over: predictors.Predictor | None = None  # the network in whose place the average is used
 
@@ -531,6 +690,9 @@ class Session:
             held.append(float(np.take_along_axis(truth.reshape(self.n_rows, -1)[:, middle], best, 1).sum()))
         if held[0] < GUARD_MARGIN * held[1]:
             self._fall_back()
+            if self._warned:
+                return
+            self._warned = True
             warnings.warn(
                 f"predictor {self.config.predictor!r} does worse than the plain average on this model and text "
                 f"({held[0] / held[1]:.0%} of the attention that the average holds); 'ema' is used instead",

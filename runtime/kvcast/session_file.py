@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import tokenize
 import zipfile
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import files, identity, native
+from .checkpoints import N_HELD, N_KEPT
 from .errors import SessionDamaged, SessionError
 from .terminal import line
 
@@ -50,6 +52,7 @@ OF_THE_CACHE = ("rope_", "yarn_", "type_k", "type_v", "flash_attn", "attention_t
 OF_WINDOWS = ("swa_full", "n_ubatch")  # the same of a model with sliding-window layers
 # what NumPy raises on a header that is none
 UNREADABLE = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, EOFError, RecursionError)
+OF_CHECKPOINT = re.compile(r"^checkpoint[0-9]_")  # a place to go back to has arrays of the same kinds
 ARRAYS = {"averages": np.dtype("<f4"), "last_steps": np.dtype("<f4"), "summary": np.dtype("u1")}
 
 
@@ -346,7 +349,7 @@ def _most_packed(llm: Llama, n_tokens: int) -> int:
     """Bytes that arrays can have: those of a file that was made with this model, with any settings."""
     header = llm.header
     rows, dims, n_blocks = header.n_layer * header.n_head_kv, header.head_dim_k, n_tokens // native.BLOCK_TOKENS
-    return 4 * rows * ((MOST_STEPS + 8) * n_blocks + 8 * dims) + (1 << 16)
+    return (2 + N_KEPT + N_HELD) * 4 * rows * ((MOST_STEPS + 8) * n_blocks + 8 * dims) + (1 << 16)
 
 
 MOST_STEPS = 256  # of last_steps; the published predictors keep some 70
@@ -368,9 +371,10 @@ def _unpack(packed: bytes) -> dict[str, np.ndarray]:
                 plain = member.compress_type == zipfile.ZIP_STORED and member.file_size == member.compress_size and not member.flag_bits & 1
                 if not plain:
                     raise ValueError("its parts are not where they should be, or packed")
-                if name not in ARRAYS or name in arrays or not member.filename.endswith(".npy"):
+                kind = ARRAYS.get(OF_CHECKPOINT.sub("", name))
+                if kind is None or name in arrays or not member.filename.endswith(".npy"):
                     raise ValueError(f"{name[:40]!r} is not one of its arrays, or there twice")
-                arrays[name] = _array(archive.read(member), ARRAYS[name], name)
+                arrays[name] = _array(archive.read(member), kind, name)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, OSError, RuntimeError, LookupError) as error:
         raise ValueError("its parts are not where they should be") from error
     return arrays

@@ -293,7 +293,7 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
     kv->pin_store();
     kv->stream = kvcast::make_stream(*kv);
 
-    ctx->set_abort_callback([](void * user) { return static_cast<kvcast_context *>(user)->abort.load(); }, kv.get());
+    ctx->set_abort_callback([](void * user) { return static_cast<kvcast_context *>(user)->stops(); }, kv.get());
     const_cast<llama_cparams &>(ctx->get_cparams()).kvcast = kv.get();
     kvcast_set_mode(kv.get(), KVCAST_DENSE);
 
@@ -347,6 +347,13 @@ void kvcast_context::fail(const std::string & why) {
         error = why;
     }
     abort = true;
+}
+
+bool kvcast_context::stops() {
+    if (watch && kvcast_watch_stops(watch)) {
+        abort = true;
+    }
+    return abort;
 }
 
 void kvcast_context::update_cells(const llama_ubatch & ubatch, const int64_t * idxs) {
@@ -526,6 +533,7 @@ void kvcast_invalidate(kvcast_context * kv, int32_t first_cell) {
     }
 }
 void kvcast_abort(kvcast_context * kv) { kv->abort = true; }
+void kvcast_set_watch(kvcast_context * kv, kvcast_watch * watch) { kv->watch = watch; }
 void kvcast_clear_abort(kvcast_context * kv) { kv->abort = false; kv->error.clear(); }
 const char * kvcast_last_error(const kvcast_context * kv) { return kv->error.c_str(); }
 

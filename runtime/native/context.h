@@ -138,6 +138,7 @@ struct kvcast_context {
     void *                    callback_user = nullptr;
 
     std::atomic<bool> abort{false};
+    kvcast_watch    * watch = nullptr; // not ours
     std::string       error;
     kvcast_stats      stats = {};
 
@@ -152,6 +153,8 @@ struct kvcast_context {
     // before the graph runs; cells: indices of the cells that the tokens of the batch go to
     void begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled = false);
     void fail(const std::string & why);
+    // asked by the thread of llama_decode, between two nodes
+    bool stops();
     // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
     int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_free[row] : 0); }
 

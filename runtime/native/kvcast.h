@@ -16,6 +16,7 @@ extern "C" {
 #define KVCAST_BLOCK 16 // cells per block
 
 struct kvcast_context;
+struct kvcast_watch;
 
 enum kvcast_mode {
     KVCAST_DENSE   = 0, // stock llama.cpp
@@ -106,6 +107,18 @@ LLAMA_API void kvcast_clear_abort(struct kvcast_context * kv);
 // allows any token afterwards: the caller ends the text.
 LLAMA_API const char * kvcast_grammar_error(void);
 
+// Ends what takes long from outside: loading a model, and llama_decode() of any context, with or without a kvcast context. A watch says
+// stop when kvcast_watch_stop was called, from any thread, or when poll returns 0; poll (or NULL) is asked five times a second at most, by
+// the thread that loads or decodes, so that it can look for signals.
+LLAMA_API struct kvcast_watch * kvcast_watch_new(int32_t (*poll)(void));
+LLAMA_API void kvcast_watch_free(struct kvcast_watch * watch); // after what was given it
+LLAMA_API void kvcast_watch_stop(struct kvcast_watch * watch, int32_t stop);
+// For llama_set_abort_callback and for llama_model_params.progress_callback, with the watch as their data.
+LLAMA_API bool kvcast_watch_stops(void * watch);
+LLAMA_API bool kvcast_watch_goes_on(float progress, void * watch);
+// Lets a kvcast context ask a watch between two nodes, too; NULL: none.
+LLAMA_API void kvcast_set_watch(struct kvcast_context * kv, struct kvcast_watch * watch);
+
 // The reason of the last llama_decode() that returned 2 on our account, "" otherwise.
 LLAMA_API const char * kvcast_last_error(const struct kvcast_context * kv);
 
@@ -129,7 +142,7 @@ LLAMA_API void      kvcast_choose_anew(struct kvcast_context * kv);
 LLAMA_API void      kvcast_prepare_summary(struct kvcast_context * kv);
 // What the choice of channels left, which the store alone does not give again: to be kept with a saved state. Bytes, 0 without a
 // summary; copies out; whether such bytes, of anybody's, can be taken in; copies in what can, after which the keys are summarised
-// anew in the steps.
+// anew in the steps where it differs from what is there.
 LLAMA_API int64_t   kvcast_summary_state_bytes(const struct kvcast_context * kv);
 LLAMA_API void      kvcast_get_summary_state  (const struct kvcast_context * kv, uint8_t * dst);
 LLAMA_API bool      kvcast_check_summary_state(const struct kvcast_context * kv, const uint8_t * src, int64_t n_bytes);

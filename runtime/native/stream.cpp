@@ -214,7 +214,7 @@ bool kvcast::stream_callback(ggml_tensor * t, bool ask, void * user) {
     if (il + 1 < kv.info.n_layer) {
         bring(kv, il + 1);
     }
-    return !kv.abort; // false ends the graph; kvcast_collect reports it
+    return !kv.stops(); // false ends the graph; kvcast_collect reports it
 }
 
 void kvcast::finish_stream(kvcast_context & kv) {

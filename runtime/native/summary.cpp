@@ -282,6 +282,15 @@ void kvcast_context::estimate_shares(int layer) {
     }
 }
 
+// What the codes and means of a row were made with.
+static std::vector<uint8_t> made_with(const kvcast_summary & s, size_t row, size_t dim) {
+    std::vector<uint8_t> bytes(s.n_channels*sizeof(int32_t) + 2*dim*sizeof(float));
+    memcpy(bytes.data(), &s.channels[row*s.n_channels], s.n_channels*sizeof(int32_t));
+    memcpy(bytes.data() + s.n_channels*sizeof(int32_t), &s.center[row*dim], dim*sizeof(float));
+    memcpy(bytes.data() + s.n_channels*sizeof(int32_t) + dim*sizeof(float), &s.scale[row*dim], dim*sizeof(float));
+    return bytes;
+}
+
 void kvcast_context::prepare_summary(int layer) {
     auto & s = *summary;
     const int dim = info.head_dim_k;
@@ -291,6 +300,7 @@ void kvcast_context::prepare_summary(int layer) {
     std::vector<float> keys((size_t) n_sample*KVCAST_BLOCK*dim);
     for (int head = 0; head < info.n_head_kv; ++head) {
         const size_t row = (size_t) layer*info.n_head_kv + head;
+        const auto before = made_with(s, row, dim);
         const auto r = kvcast::keys_of(*this, layer, head);
         for (int n = 0; n < n_sample*KVCAST_BLOCK; ++n) {
             const size_t block = (size_t) (n/KVCAST_BLOCK)*n_blocks/n_sample;
@@ -319,7 +329,9 @@ void kvcast_context::prepare_summary(int layer) {
         for (int c = 0; c < s.n_channels; ++c) {
             s.channels[row*s.n_channels + c] = order[c].second;
         }
-        s.n_done[row] = 0;
+        if (made_with(s, row, dim) != before) { // the same prompt once more chooses the same
+            s.n_done[row] = 0;
+        }
     }
 }
 
@@ -376,8 +388,17 @@ bool kvcast_set_summary_state(kvcast_context * kv, const uint8_t * src, int64_t 
     if (!kvcast_check_summary_state(kv, src, n_bytes)) {
         return false;
     }
-    for_each_part(*kv->summary, [&](void * part, size_t n) { memcpy(part, src, n); src += n; });
-    std::fill(kv->summary->n_done.begin(), kv->summary->n_done.end(), 0);
+    auto & s = *kv->summary;
+    std::vector<std::vector<uint8_t>> before;
+    for (size_t row = 0; row < s.n_done.size(); ++row) {
+        before.push_back(made_with(s, row, kv->info.head_dim_k));
+    }
+    for_each_part(s, [&](void * part, size_t n) { memcpy(part, src, n); src += n; });
+    for (size_t row = 0; row < s.n_done.size(); ++row) {
+        if (made_with(s, row, kv->info.head_dim_k) != before[row]) {
+            s.n_done[row] = 0;
+        }
+    }
     return true;
 }
 

@@ -87,7 +87,7 @@ class Live:
         """A request begins."""
         self._state, self._progress, self._n_answer = "reading", (0, 0), 0
         if self._llm.sparse is not None:
-            self._times = self._llm.session.times = StepTimes()
+            self._times = self._llm.session.reset_stats()
             self._step = 0
             self._seen[:] = self._entered[:] = -(1 << 30)
         self.version += 1

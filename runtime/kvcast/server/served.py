@@ -267,8 +267,6 @@ class ServedLlama(Llama):
             stopped = self._turn is not None and self._turn.stopped
             self._computing = not stopped
         if stopped:
-            if self.sparse is not None:
-                self._after_failure()
             raise GenerationError(f"the request was stopped; the store holds the {self.n_tokens} tokens before it")
         try:
             run(tokens)

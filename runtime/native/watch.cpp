@@ -1,0 +1,38 @@
+// What stops a load or a llama_decode() from outside: a flag, and a caller that is asked now and then whether to go on.
+#include "kvcast.h"
+
+#include "ggml.h"
+
+#include <atomic>
+
+static constexpr int64_t POLL_US = 200000; // a poll may have to wait for Python's lock
+
+struct kvcast_watch {
+    int32_t (*poll)(void);
+    std::atomic<bool>    stop{false};
+    std::atomic<int64_t> polled_us{0};
+};
+
+kvcast_watch * kvcast_watch_new(int32_t (*poll)(void)) {
+    auto * watch = new kvcast_watch;
+    watch->poll = poll;
+    return watch;
+}
+
+void kvcast_watch_free(kvcast_watch * watch) { delete watch; }
+void kvcast_watch_stop(kvcast_watch * watch, int32_t stop) { watch->stop = stop != 0; }
+
+bool kvcast_watch_stops(void * data) {
+    auto & watch = *static_cast<kvcast_watch *>(data);
+    if (watch.stop) {
+        return true;
+    }
+    const int64_t now = ggml_time_us();
+    if (!watch.poll || now - watch.polled_us < POLL_US) {
+        return false;
+    }
+    watch.polled_us = now;
+    return watch.poll() == 0;
+}
+
+bool kvcast_watch_goes_on(float /*progress*/, void * watch) { return !kvcast_watch_stops(watch); }
