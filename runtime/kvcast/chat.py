@@ -22,6 +22,7 @@ from .llama import Llama
 from .session import StepTimes
 
 MARK = "\x02question\x02"
+HANDLED_S = 0.1  # by which a signal was handled, or is missed
 ROLES = ("system", "user", "assistant")
 SMALL_BYTES = 1 << 28  # of a state: written and read again in well under a second
 
@@ -175,7 +176,7 @@ class Conversation:
         self.unsaved = False
 
     def ask(self, question: str, **kwargs: Any) -> Iterator[str]:
-        """Answer a question, piece by piece. Ctrl-C, or ``stop``, ends the answer; what was said stays in the conversation.
+        """Answer a question, piece by piece. ``stop``, or to take no more pieces, ends the answer; what was said stays in the conversation.
 
         ``kwargs`` go to ``create_chat_completion``. ``figures`` holds the answer's figures afterwards. An answer ends where the
         context does.
@@ -208,6 +209,9 @@ class Conversation:
             if not self.stopped:
                 self.messages.pop()
                 raise
+        except GeneratorExit:  # nobody listens any more
+            self.messages.append({"role": "assistant", "content": "".join(said)})
+            raise
         except BaseException as error:
             self.messages.pop()
             if isinstance(error, ValueError) and "context window" in str(error):
@@ -311,13 +315,21 @@ class Signals:
         if self._keeping:
             return
         if self._waiting or again:
+            self._waiting = False
             self.check()
             raise KeyboardInterrupt
         self._stop()
 
     def _listen(self) -> None:
-        """Python calls handlers between two instructions of the main thread, which may be in llama.cpp for long."""
+        """Python calls handlers between two instructions of the main thread, which may be in llama.cpp for long; and when the signal comes
+        just before it waits for input, not until there is some, or another signal."""
         with self._told:
             while numbers := self._told.recv(64):
-                if not (self._waiting or self._keeping) and set(numbers) & self._before.keys():
+                if not set(numbers) & self._before.keys() or self._keeping:
+                    continue
+                if not self._waiting:
                     self._stop()
+                    continue
+                time.sleep(HANDLED_S)
+                if self._waiting and hasattr(signal, "pthread_kill"):
+                    signal.pthread_kill(threading.main_thread().ident, numbers[-1])

@@ -204,7 +204,7 @@ def chat(
             try:
                 _converse(conversation, signals, session, max_tokens, temperature)
             finally:  # whatever ended it
-                if session is not None and conversation.unsaved and llm.n_tokens:
+                if session is not None and conversation.unsaved:
                     with signals.keeping():
                         conversation.save(session)
 
