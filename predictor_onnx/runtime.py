@@ -45,9 +45,7 @@ def onnxruntime() -> ModuleType:
     try:
         import onnxruntime as module
     except ModuleNotFoundError:
-        raise PredictorError(
-            "ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA"
-        ) from None
+        raise PredictorError("ONNX predictors need ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu for CUDA") from None
     except ImportError as error:
         raise PredictorError(f"ONNX Runtime cannot be imported ({reason(error)}); install it again") from error
     module.disable_telemetry_events()  # of Windows' own kind, which looks at no variable
