@@ -391,6 +391,15 @@ def test_large_predictions_are_made_in_pieces(monkeypatch):
     assert len(calls) > 30 and max(calls) <= 700
 
 
+def test_bound_buffers_as_on_a_gpu_yield_the_same(monkeypatch):
+    averages = np.random.default_rng(0).random((6, 5, 300)).astype(np.float32)
+    predictor = open_predictor(resolve("stream").read_bytes())
+    expected = predictor.run(averages)
+    monkeypatch.setattr(runtime, "WATCHED", 0)  # with options, too
+    monkeypatch.setattr(predictor, "on_gpu", True)
+    np.testing.assert_array_equal(predictor.run(averages), expected)
+
+
 def test_paper_in_pieces_is_the_same(monkeypatch):
     rows = np.random.default_rng(0).random((90, 7, 64)).astype(np.float32)
     whole, cut = open_predictor(resolve("paper")), open_predictor(resolve("paper"))
