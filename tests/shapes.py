@@ -63,7 +63,7 @@ def write_shape(path, arch="llama", *, n_layer=2, n_embd=256, n_ff=512, n_head=4
     return path
 
 
-def add_tokens(writer, vocabulary, n_vocab, pre, more_special):
+def add_tokens(writer, vocabulary, n_vocab, pre="default", more_special=()):
     special, control, normal, byte = ["<unk>", "<s>", "</s>", *more_special], 3, 1, 6
     words = [f"word{i}" for i in range(n_vocab)]
     if vocabulary == "gpt2":  # printable bytes are themselves, others come after U+00FF

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import sys
 import tracemalloc
@@ -263,7 +264,11 @@ def test_arrays_of_another_kind(subject, kind):
     for s in (subject(), subject(config=SparseConfig(budget=96, predictor="onnx:paper", untested=True))):
         arrays = s.parts.arrays()
         for name, x in arrays.items():
-            if (name, kind) in (("last_steps", "a row less"), ("last_steps", "a row more"), ("summary", "nothing")):
+            if (re.sub("^checkpoint[0-9]_", "", name), kind) in (
+                ("last_steps", "a row less"),
+                ("last_steps", "a row more"),
+                ("summary", "nothing"),
+            ):
                 continue  # any number of steps; settings without a summary
             odd = ARRAYS[kind](x)
             if (odd.dtype.str, odd.shape, odd.flags.c_contiguous) != (x.dtype.str, x.shape, True):
@@ -272,7 +277,7 @@ def test_arrays_of_another_kind(subject, kind):
 
 def test_scores_are_shares(subject):
     for s in (subject(), subject(config=SparseConfig(budget=96, predictor="onnx:paper", untested=True))):
-        for name in s.parts.arrays().keys() - {"summary"}:
+        for name in [name for name in s.parts.arrays() if not name.endswith("summary")]:
             for value in (np.nan, np.inf, -np.inf, -1.0, 1e30, 3.0):
                 arrays = s.parts.arrays()
                 arrays[name].flat[-1] = value

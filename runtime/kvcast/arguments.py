@@ -77,7 +77,7 @@ def number(least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX, why: str = ""
         must = f"a number from {least:g} to {most:g}"
 
     def check(name: str, value: Any) -> float:
-        if isinstance(value, bool | np.bool_) or not isinstance(value, Real) or not least <= value <= most:
+        if isinstance(value, bool | np.bool_) or not isinstance(value, Real) or not least <= float(value) <= most:
             raise wrong(name, value, must + why)
         return float(value) if isinstance(value, np.generic) else value  # type: ignore[return-value]
 

@@ -332,4 +332,4 @@ class Signals:
                     continue
                 time.sleep(HANDLED_S)
                 if self._waiting and hasattr(signal, "pthread_kill"):
-                    signal.pthread_kill(threading.main_thread().ident, numbers[-1])
+                    signal.pthread_kill(threading.main_thread().ident or 0, numbers[-1])

@@ -24,6 +24,7 @@ import numpy.typing as npt
 HISTORY_TOKENS = 64  # of a prompt, its last ones, which are a batch of their own
 FURTHEST = 2  # batches that are read again at most, to have what a prompt alone would have left
 N_KEPT, N_HELD = 4, 2  # checkpoints after the beginning: of prompts of answers, two with their ends, and of what is held
+N_NUMBERS = 9  # of a checkpoint in a file
 N_RETAKEN = 64  # last tokens of a store of which nothing else is known, run once more for their scores
 
 
@@ -184,25 +185,51 @@ class Checkpoints:
 
     def take(self, rows: Any, arrays: Mapping[str, npt.NDArray], n_tokens: int, fits: Callable[[State, int], bool]) -> None:
         """Go on with what was ``kept`` beside a store of ``n_tokens``; ``fits(state, n_tokens)`` says whether a state can be one of this
-        session. Where anything is not as ``kept`` left it, the store counts as one of which nothing is known."""
+        session.
+
+        Raises
+        ------
+        ValueError
+            It is not as ``kept`` left it; the store counts as one of which nothing is known.
+        """
         self.adopt(n_tokens)
-        try:
-            (n_given,), *places = rows
-            points = [_taken(i, place, arrays, n_tokens, fits) for i, place in enumerate(places)]
-        except (TypeError, ValueError):
-            return
-        ascending = all(a.n_tokens < b.n_tokens for a, b in itertools.pairwise(points))
-        if not 1 <= len(points) <= 1 + N_KEPT + N_HELD or points[0].n_tokens or points[0].state or not ascending:
-            return
-        if type(n_given) is int and 0 <= n_given <= n_tokens:
-            self._points, self._n_given = points, n_given
+        self._points, self._n_given = _read(rows, arrays, n_tokens, fits)
+
+
+def check(rows: Any, arrays: Mapping[str, npt.NDArray], n_tokens: int, fits: Callable[[State, int], bool]) -> None:
+    """Whether ``Checkpoints.take`` can take this, of anybody's.
+
+    Raises
+    ------
+    ValueError
+        It cannot.
+    """
+    _read(rows, arrays, n_tokens, fits)
+
+
+def _read(rows: Any, arrays: Mapping[str, npt.NDArray], n_tokens: int, fits: Callable[[State, int], bool]) -> tuple[list[Checkpoint], int]:
+    if not isinstance(rows, list) or not 2 <= len(rows) <= 2 + N_KEPT + N_HELD or not all(isinstance(row, list) for row in rows):
+        raise ValueError("its places to go back to are none")
+    given, *places = rows
+    if len(given) != 1 or type(given[0]) is not int or not 0 <= given[0] <= n_tokens or any(len(place) != N_NUMBERS for place in places):
+        raise ValueError("its places to go back to are none")
+    points = [_taken(i, place, arrays, n_tokens, fits) for i, place in enumerate(places)]
+    ascending = all(a.n_tokens < b.n_tokens for a, b in itertools.pairwise(points))
+    if points[0].n_tokens or points[0].state or not ascending:
+        raise ValueError("its places to go back to are in no order")
+    known = {f"checkpoint{i}_{name}" for i, p in enumerate(points) if p.state for name in (*p.state.history, "summary")}
+    if further := [name for name in arrays if name.startswith("checkpoint") and name not in known]:
+        raise ValueError(f"{further[0][:40]} is of no place to go back to")
+    return points, given[0]
 
 
 def _taken(i: int, place: Any, arrays: Mapping[str, npt.NDArray], n_tokens: int, fits: Callable[[State, int], bool]) -> Checkpoint:
     """Checkpoint number i of a file; ValueError when it can be none."""
+    if not all(type(x) is int for x in place):
+        raise ValueError("no place in the store")
     n, held, n_whole, last_batch, end, known, n_observed, n_summarised, poor = place
     ended = n <= last_batch <= min(end, n_tokens) or last_batch == end == -1  # its end may have been taken back
-    if not all(type(x) is int for x in place) or not ended or not 0 <= n <= n + n_whole <= n_tokens or n_whole < 0:
+    if not ended or not 0 <= n <= n + n_whole <= n_tokens or n_whole < 0:
         raise ValueError("no place in the store")
     if not known:
         return Checkpoint(n, None, bool(held), n_whole, last_batch, end)

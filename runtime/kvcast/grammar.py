@@ -186,7 +186,8 @@ class _Parser:
     def _body(self, name: str, where: int) -> None:
         """Alternatives up to the end of the rule. ``open_`` holds the rules whose parentheses are open, and where each goes on."""
         open_: list[tuple[Rule, Sequence]] = []
-        rule, sequence = Rule(where), []
+        rule = Rule(where)
+        sequence: Sequence = []
         last: Sequence = []  # what a repetition repeats
         product = 1
         self._count_rule()

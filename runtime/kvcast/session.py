@@ -11,6 +11,7 @@ begins next does so first where nobody did.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from . import native, predictors
+from . import checkpoints, native, predictors
 from .checkpoints import HISTORY_TOKENS, Checkpoints, State
 from .config import SparseConfig
 from .embedded import Embedded
@@ -323,6 +324,18 @@ class Session:
                 self._n_summarised = state.n_summarised
             self._poor = state.poor
 
+    def _sane(self, state: State, n_tokens: int) -> bool:
+        """Whether a state can be one of this model, with any settings, at ``n_tokens``."""
+        if state.history.keys() - {"last_steps"} != {"averages"} or (state.summary is not None and state.summary.ndim != 1):
+            return False
+        try:
+            self.history.check(state.history, -(-n_tokens // native.BLOCK_TOKENS))
+        except ValueError:
+            return False
+        fitting = state.summary is None or not self.attached.n_summary_state or self.attached.takes_summary_state(state.summary)
+        known = (state.summary is None) == (state.n_summarised == 0)
+        return 0 < state.n_observed < 1 << 62 and 0 <= state.n_summarised <= n_tokens and known and fitting
+
     def _fits(self, state: State, n_tokens: int) -> bool:
         """Whether a state can be one of this session, at ``n_tokens``."""
         averages, steps = state.history.get("averages"), state.history.get("last_steps")
@@ -402,6 +415,7 @@ class Session:
             raise ValueError("summary is of another shape")
         if self.attached.n_summary_state and len(summary) and not self.attached.takes_summary_state(summary):
             raise ValueError("summary names a channel that no head has, or holds a number of no sane size")
+        checkpoints.check(numbers["checkpoints"], arrays, n_tokens, self._sane)
 
     def restore(self, numbers: dict[str, Any], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
         """Go on from what was saved and passes ``check``, with the same store. Where it lacks what this session needs, nothing is known
@@ -417,7 +431,8 @@ class Session:
         self.n_tokens = self.n_done = n_tokens
         self._n_summarised, self._lost = numbers["n_summarised"], numbers["lost"]
         self._since_calibration, self._poor = numbers["since_calibration"], numbers["poor"]
-        self.checkpoints.take(numbers["checkpoints"], arrays, n_tokens, self._fits)
+        with contextlib.suppress(ValueError):  # of a session with other settings: nothing can be gone back to
+            self.checkpoints.take(numbers["checkpoints"], arrays, n_tokens, self._fits)
         if numbers["fell_back"] and isinstance(self.predictor, predictors.Learned):
             self._fall_back()
         elif not numbers["fell_back"] and self._passed_over is not None:

@@ -53,7 +53,7 @@ OF_WINDOWS = ("swa_full", "n_ubatch")  # the same of a model with sliding-window
 # what NumPy raises on a header that is none
 UNREADABLE = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, EOFError, RecursionError)
 OF_CHECKPOINT = re.compile(r"^checkpoint[0-9]_")  # a place to go back to has arrays of the same kinds
-ARRAYS = {"averages": np.dtype("<f4"), "last_steps": np.dtype("<f4"), "summary": np.dtype("u1")}
+ARRAYS: dict[str, np.dtype] = {"averages": np.dtype("<f4"), "last_steps": np.dtype("<f4"), "summary": np.dtype("u1")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +371,7 @@ def _unpack(packed: bytes) -> dict[str, np.ndarray]:
                 plain = member.compress_type == zipfile.ZIP_STORED and member.file_size == member.compress_size and not member.flag_bits & 1
                 if not plain:
                     raise ValueError("its parts are not where they should be, or packed")
-                kind = ARRAYS.get(OF_CHECKPOINT.sub("", name))
+                kind: np.dtype | None = ARRAYS.get(OF_CHECKPOINT.sub("", name))
                 if kind is None or name in arrays or not member.filename.endswith(".npy"):
                     raise ValueError(f"{name[:40]!r} is not one of its arrays, or there twice")
                 arrays[name] = _array(archive.read(member), kind, name)

@@ -53,7 +53,7 @@ class Watch:
     def over_loading(self, params: llama_cpp.llama_model_params) -> None:
         """Ask while a model is loaded with these parameters."""
         params.progress_callback = llama_cpp.llama_progress_callback(_address("kvcast_watch_goes_on"))
-        params.progress_callback_user_data = self.address
+        params.progress_callback_user_data = self.address  # type: ignore[assignment]  # ctypes takes an int
 
     def over_context(self, ctx: int) -> None:
         """Ask while a context computes."""
