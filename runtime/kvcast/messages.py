@@ -45,4 +45,4 @@ def _call(call: Any) -> Any:
         given = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         return call
-    return {**call, "function": {**function, "arguments": given}} if isinstance(given, dict) else call
+    return {**call, "function": {**(function or {}), "arguments": given}} if isinstance(given, dict) else call
