@@ -18,7 +18,7 @@ PRE = (
     "kimi-k2 ufakzeka grok-2 afmoe laguna exaone-moe"
 ).split()
 RAW = ("gemma4", "sarvam-moe", "whitespace")  # their words are not written in GPT-2's letters
-UNITS = ["-", " ", "a", "A", "1", "é", "中", "\n", "\u0301", "\u3000", "€", "\t", "a ", "-a", "aB", "a1", "\u0915\u093f", " \n", "'s", "🙂", "\0", "<"]
+UNITS = ["-", " ", "a", "A", "1", "é", "中", "\n", "\u0301", "\u3000", "€", "a ", "-a", "a1", "\u0915\u093f", " \n", "'s", "🙂", "\0", "<"]
 # stdin: JSON, file of a model and texts; out come lists of ids
 TOKENIZE = """
 import json, sys

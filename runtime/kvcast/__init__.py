@@ -6,8 +6,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CallbackError, GenerationError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
+from .errors import (
+    CallbackError,
+    GenerationError,
+    InputError,
+    KvcastError,
+    ModelError,
+    SessionError,
+    SparseUnsupported,
+    SparseUntested,
+)
 from .library import name_own_libraries
+from .limits import Limits
 
 if TYPE_CHECKING:
     from .config import SparseConfig
@@ -18,7 +28,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CallbackError",
     "GenerationError",
+    "InputError",
     "KvcastError",
+    "Limits",
     "Llama",
     "ModelError",
     "SessionError",

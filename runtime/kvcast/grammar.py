@@ -16,6 +16,7 @@ from .limits import Limits
 
 REPEATS = 2000  # llama.cpp's own bound; {m,n} with a larger n is {m,}
 CHAIN = 500  # rules that begin with one another: llama.cpp calls itself for each
+ESCAPES = r"there are \n, \r, \t, \\, \", \[, \], \-, \xHH, \uHHHH and \UHHHHHHHH"
 LAST, SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)
 
 _LINE_SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
@@ -106,7 +107,7 @@ class Reader:
         self._n_elements += n
         if self._n_elements > self._limits.grammar_elements:
             raise self._refuse(
-                f"with its repetitions written out it has more than {self._limits.grammar_elements:,} elements; repeat less, or without end (*)"
+                f"with its repetitions written out it has more than {self._limits.grammar_elements:,} elements; repeat less, or use *"
             )
 
     def _rule(self) -> None:
@@ -138,7 +139,9 @@ class Reader:
             sequence = alternatives[-1]
             if char == "(":
                 if len(groups) == self._limits.grammar_depth:
-                    raise self._refuse(f"parentheses are more than {self._limits.grammar_depth} deep; give what is inside a rule of its own")
+                    raise self._refuse(
+                        f"parentheses are more than {self._limits.grammar_depth} deep; give what is inside a rule of its own"
+                    )
                 begin, n_before = self._at, self._n_symbols
                 self._at += 1
                 self._skip(_SPACE)
@@ -194,7 +197,7 @@ class Reader:
         if found is None:
             if self._at + 1 >= len(self._text):
                 raise self._refuse(f"{closing} is missing; close what was opened")
-            raise self._refuse(f"{shown(self._text[self._at : self._at + 2])} is no escape; there are \\n \\r \\t \\\\ \\\" \\[ \\] \\- \\xHH \\uHHHH \\UHHHHHHHH")  # fmt: skip
+            raise self._refuse(f"{self._text[self._at : self._at + 2]!a} is no escape; {ESCAPES}")
         self._at = found.end()
         if digits := found[1] or found[2] or found[3]:
             return int(digits, 16)
@@ -213,7 +216,9 @@ class Reader:
                 raise self._refuse('a text is not closed; add "', begin)
             code = self._character('"')
             if not is_character(code):
-                raise self._refuse(f"{shown(self._text[begin : begin + 30])} holds U+{code:04X}, which no text has; {_instead(code)}", begin)
+                raise self._refuse(
+                    f"{shown(self._text[begin : begin + 30])} holds U+{code:04X}, which no text has; {_instead(code)}", begin
+                )
             size += 1
         self._at += 1
         return size
@@ -251,7 +256,9 @@ class Reader:
                 raise self._refuse(f"there is no token {found[1][:20]}; the model has 0 to {n_most - 1}")
         elif found := _TOKEN_TEXT.match(self._text, self._at):
             if self._token_of is not None and self._token_of(found[0]) != 1:
-                raise self._refuse(f"{shown(found[0])} is not one token of this model; name one of its special tokens, or write it in quotes")
+                raise self._refuse(
+                    f"{shown(found[0])} is not one token of this model; name one of its special tokens, or write it in quotes"
+                )
         else:
             raise self._refuse(f"{shown(self._text[begin : begin + 20])} is no token; write <[ID]> or <NAME>")
         self._at = found.end()
@@ -268,7 +275,7 @@ class Reader:
         factor = most if most else max(1, least)
         if item.n_rules * factor > REPEATS:
             raise self._refuse(
-                f"it repeats {factor:,} times what holds {item.n_rules:,} groups and rules; more than {REPEATS:,} in all are not taken", begin
+                f"it repeats {factor:,} times what holds {item.n_rules:,} groups and rules; more than {REPEATS:,} are not taken", begin
             )
         n_rules = item.n_rules * factor
         if item.repeated:  # the repetition of a repetition
@@ -415,13 +422,16 @@ class _Shape:
                     order.append(i)
                     heights[i] = 1 + max((heights[j] for j in self._first_rules(i)), default=0)
                     if heights[i] > CHAIN:
-                        raise self._refuse(i, f"begins with a rule that begins with a rule, and so on, more than {CHAIN} times; write it flatter")
+                        raise self._refuse(
+                            i, f"begins with a rule that begins with a rule, and so on, more than {CHAIN} times; write it flatter"
+                        )
                 elif nxt not in begun:
                     begun[nxt] = False
                     path.append((nxt, iter(self._first_rules(nxt))))
                 elif not begun[nxt]:
                     raise self._refuse(
-                        nxt, "begins with itself (left recursion), which has no end; put what is repeated behind, as in list ::= item (comma item)*"
+                        nxt,
+                        "begins with itself (left recursion), which has no end; put it behind what comes first, as in list ::= item (comma item)*",
                     )
         return order
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from decimal import Decimal
 from math import ceil, floor
 from typing import Any
 
 from .errors import InputError
+from .json_strings import in_common
 
 DIGITS = 16  # of numbers without bounds, and of fractions
 FRACTION = f"[0-9]{{0,{DIGITS}}}"
@@ -160,7 +160,7 @@ def _between(low: int, high: int) -> list[str]:
 
 def _same_length(low: str, high: str) -> list[str]:
     """Numbers of one length, between two of it: what they have in common, a digit that decides, and any that follow."""
-    common = os.path.commonprefix([low, high])
+    common = in_common(low, high)
     before = f'"{common}" ' if common else ""
     low, high = low[len(common) :], high[len(common) :]
     n = len(low) - 1

@@ -12,14 +12,13 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from os.path import commonprefix
 from typing import Any
 from urllib.parse import unquote
 
 from . import json_numbers
 from .errors import InputError
 from .grammar import is_character, shown
-from .json_strings import CHAR, FORMATS, PLAIN, Pattern, of_json, quoted, repeated
+from .json_strings import CHAR, FORMATS, PLAIN, Pattern, in_common, of_json, quoted, repeated
 from .limits import Limits
 
 import llama_cpp  # isort: skip
@@ -343,7 +342,7 @@ class Converter:
                 if text:
                     groups.setdefault(text[0], []).append(text)
             for group in groups.values():
-                common = commonprefix(group)
+                common = in_common(group[0], group[-1])  # they are in order
                 if len(group) == 1:
                     ways.append(quoted(common))
                 else:

@@ -48,7 +48,7 @@ FORMATS = {  # names and rules; what the rules need comes with them
     "ipv6": {"ipv6": '[0-9a-fA-F]{1,4} (":" [0-9a-fA-F]{1,4}){7}'},
     "uri": {"uri": '[a-zA-Z] [a-zA-Z0-9+.-]{0,20} ":" "//"? [a-zA-Z0-9._~!$&\'()*+,;=:@/?-]+'},
     "duration": {
-        "duration": f'"P" (duration-number "D" ("T" duration-time)? | "T" duration-time)',
+        "duration": '"P" (duration-number "D" ("T" duration-time)? | "T" duration-time)',
         "duration-time": f'duration-number "H" ({_SMALL})? | {_SMALL}',
         "duration-number": "[0-9]{1,6}",
     },
@@ -76,6 +76,11 @@ def quoted(text: str) -> str:
 def of_json(value: Any) -> str:
     """A value as JSON writes it, as GBNF writes that."""
     return quoted(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def in_common(one: str, other: str) -> str:
+    """What two texts begin with."""
+    return one[: next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))]
 
 
 def repeated(what: str, least: int, most: int | None) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from jinja2 import TemplateError
 
 from . import grammar as grammars
 from . import native, session_file, sizes
@@ -28,14 +27,17 @@ from .predictors import LOOK_AHEAD
 from .session import AttentionFn, KvFn, Session
 from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
+from .template import ChatTemplate
 from .tokenizer import Tokenizer
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
+from llama_cpp.llama_chat_format import guess_chat_format_from_gguf_metadata  # isort: skip
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # isort: skip
 
 _ARGUMENTS = inspect.signature(llama_cpp.Llama.__init__).parameters
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 GIB = 1 << 30
+TEMPLATE = "tokenizer.chat_template"
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 N_RETAKEN = 64  # last tokens of the store, run once more for their scores
 SMALLER = "close something, or use a smaller n_ctx (--context)"
@@ -76,6 +78,8 @@ class Llama(Lifetime, llama_cpp.Llama):
     ):
         Lifetime.__init__(self)
         self.limits = limits or Limits()
+        self.chat_template: ChatTemplate | None = None  # the file's own
+        self._has_templates = False
         self._grammar_checked: tuple[str, str] | None = None
         self._session: Session | None = None
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
@@ -101,10 +105,8 @@ class Llama(Lifetime, llama_cpp.Llama):
         _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
         try:
             super(Lifetime, self).__init__(os.fspath(model_path), **kwargs)
-        except (TemplateError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"the chat template or another text in {os.fspath(model_path)!r} cannot be read ({error}); fetch the file again"
-            ) from error
+        except UnicodeDecodeError as error:
+            raise ModelError(f"a text in {os.fspath(model_path)!r} cannot be read ({error}); fetch the file again") from error
         except ValueError as error:
             if "load model" in str(error) or "create llama_context" in str(error):
                 raise ModelError(
@@ -116,6 +118,11 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise ModelError(f"memory ran out while {os.fspath(model_path)!r} was loaded; {SMALLER}") from error
         if type(self.tokenizer_) is LlamaTokenizer:
             self.tokenizer_ = Tokenizer(self, self.limits.text_bytes)
+        try:
+            self._take_templates(kwargs.get("chat_format") is None and kwargs.get("chat_handler") is None)
+        except BaseException:
+            self.close()
+            raise
         self.header = header
         self._n_swa = llama_cpp.llama_model_n_swa(self.model)
         self._config = sparse
@@ -138,6 +145,37 @@ class Llama(Lifetime, llama_cpp.Llama):
             self.draft_model = ShortDraft(self.draft_model, self._n_verify - 1)
             # unless they were asked for, logits stay with llama.cpp: `scores` has rows for n_batch tokens only
             self._logits_all = bool(kwargs.get("logits_all"))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says, as in llama-cpp-python."""
+        if self._has_templates:
+            return self._metadata
+        # llama-cpp-python makes Jinja templates of these while it loads, without bounds: they are kept back until it is done
+        return {key: text for key, text in self._metadata.items() if not key.startswith(TEMPLATE)}
+
+    @metadata.setter
+    def metadata(self, found: dict[str, str]) -> None:
+        self._metadata = found
+
+    def _take_templates(self, choose: bool) -> None:
+        """The chat formats of the file; ``choose``: one of them is the model's, as llama-cpp-python would have it."""
+        self._has_templates = True
+        bos, eos = (self._model.token_get_text(i) if i != -1 else "" for i in (self.token_bos(), self.token_eos()))
+        templates = {key: text for key, text in self.metadata.items() if key.startswith(TEMPLATE)}
+        if (n := sum(map(len, templates.values()))) > self.limits.template_length:
+            raise ModelError(
+                f"the model's chat templates have {n:,} characters, and at most {self.limits.template_length:,} are taken; "
+                "use another file, or larger limits"
+            )
+        for key, text in templates.items():
+            made = ChatTemplate(text, eos, bos, [self.token_eos()], self.limits)
+            name = key.removeprefix("tokenizer.")
+            if key == TEMPLATE:
+                name, self.chat_template = "chat_template.default", made
+            self._chat_handlers[name] = made.to_chat_handler()
+        if choose and self.chat_template is not None:
+            self.chat_format = guess_chat_format_from_gguf_metadata(self.metadata) or "chat_template.default"
 
     # ---- evaluation
 
