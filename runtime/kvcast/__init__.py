@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import predictor_onnx  # noqa: F401 - turns the telemetry of dependencies off, before they are imported
 
-from .errors import CallbackError, GenerationError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
+from .errors import CallbackError, GenerationError, InputError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
 from .folders import keep_compiled_kernels
 from .library import carry_llama_cpp
+from .limits import Limits
 
 if TYPE_CHECKING:
     from .config import SparseConfig
@@ -21,7 +22,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CallbackError",
     "GenerationError",
+    "InputError",
     "KvcastError",
+    "Limits",
     "Llama",
     "ModelError",
     "SessionError",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as llama_cpp
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .cache import DocumentCache
 from .errors import GenerationError, ModelError, SessionError
@@ -29,11 +28,9 @@ SMALL_BYTES = 1 << 28  # of a state: written and read again in well under a seco
 
 def around_question(llm: Llama, messages: list[dict[str, str]]) -> tuple[str, str] | None:
     """What the model's chat template writes before and after ``MARK`` in the messages; None without a template."""
-    template = llm.metadata.get("tokenizer.chat_template")
-    if template is None:
+    if llm.chat_template is None:
         return None
-    bos, eos = (llm._model.token_get_text(i) if i != -1 else "" for i in (llm.token_bos(), llm.token_eos()))
-    text = Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)(messages=messages).prompt  # type: ignore[arg-type]
+    text = llm.chat_template(messages=messages).prompt
     before, _, after = text.partition(MARK)
     return before, after
 

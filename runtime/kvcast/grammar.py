@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -539,6 +540,11 @@ def _check_values(schema: dict[str, Any], limits: Limits) -> None:
         ref = value.get("$ref", "#")
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise GrammarError(f"the schema refers to {str(ref)[:80]!r}; only its own parts (#/$defs/NAME) can be used, nothing is fetched")
+        if isinstance(pattern := value.get("pattern"), str):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise GrammarError(f"the schema's pattern {pattern[:40]!r} is no regular expression ({error}); correct it") from None
         for name in ("minLength", "maxLength", "minItems", "maxItems"):
             bound = value.get(name)
             if name not in value or isinstance(bound, dict):  # a property may be called so

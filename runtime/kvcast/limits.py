@@ -25,12 +25,12 @@ class Limits:
         Places of a grammar at which an answer may be at its next character.
     schema_depth, schema_parts : int
         Levels of a JSON schema, and its objects, lists and values.
-    template_bytes : int
-        A chat template.
+    template_length : int
+        Of a file's chat templates together.
     template_seconds : float
         Of processor time, to write the messages with it.
     template_characters : int
-        That it may make while it does, and 32 times those of the messages; a value in a list counts as 8.
+        That it may make while it does, and 64 times those of the messages; a value in a list counts as 8.
 
     Raises
     ------
@@ -46,9 +46,9 @@ class Limits:
     grammar_ways: int = 20_000
     schema_depth: int = 64
     schema_parts: int = 10_000
-    template_bytes: int = 256 << 10
+    template_length: int = 128 << 10
     template_seconds: float = 5.0
-    template_characters: int = 4 << 20
+    template_characters: int = 16 << 20
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -31,16 +31,19 @@ from .sampling import Processors
 from .session import AttentionFn, KvFn, Session
 from .speculative import VERIFY_TOKENS, ShortDraft
 from .support import TESTED, refusal
+from .template import ChatTemplate
 from .tokenizer import Tokenizer
 from .tool_calls import OWN_WAYS, take_choice
 from .vocabulary import CheckedModel
 from .watch import Watch
 
 import llama_cpp  # isort: skip  (after .native, which says where the libraries are)
+from llama_cpp.llama_chat_format import guess_chat_format_from_gguf_metadata  # isort: skip
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # isort: skip
 
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 GIB = 1 << 30
+TEMPLATE = "tokenizer.chat_template"
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 SMALLER = "close something, or use a smaller n_ctx (--context)"
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
@@ -102,6 +105,8 @@ class Llama(Lifetime, llama_cpp.Llama):
     ):
         Lifetime.__init__(self)
         self.limits = limits or Limits()
+        self.chat_template: ChatTemplate | None = None  # the file's own
+        self._has_templates = False
         self._session: Session | None = None
         self._n_tokens = 0
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
@@ -133,6 +138,11 @@ class Llama(Lifetime, llama_cpp.Llama):
             raise explained from (None if explained is error else error)
         if type(self.tokenizer_) is LlamaTokenizer:
             self.tokenizer_ = Tokenizer(self, self.limits.text_bytes)
+        try:
+            self._take_templates(kwargs.get("chat_format") is None and kwargs.get("chat_handler") is None)
+        except BaseException:
+            self.close()
+            raise
         self.header = header
         self._model.__class__ = CheckedModel
         self._watch.over_context(self.ctx)
@@ -188,6 +198,37 @@ class Llama(Lifetime, llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "sparse": self._config}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says, as in llama-cpp-python."""
+        if self._has_templates:
+            return self._metadata
+        # llama-cpp-python makes Jinja templates of these while it loads, without bounds: they are kept back until it is done
+        return {key: text for key, text in self._metadata.items() if not key.startswith(TEMPLATE)}
+
+    @metadata.setter
+    def metadata(self, found: dict[str, str]) -> None:
+        self._metadata = found
+
+    def _take_templates(self, choose: bool) -> None:
+        """The chat formats of the file; ``choose``: one of them is the model's, as llama-cpp-python would have it."""
+        self._has_templates = True
+        bos, eos = (self._model.token_get_text(i) if i != -1 else "" for i in (self.token_bos(), self.token_eos()))
+        templates = {key: text for key, text in self.metadata.items() if key.startswith(TEMPLATE)}
+        if (n := sum(map(len, templates.values()))) > self.limits.template_length:
+            raise ModelError(
+                f"the model's chat templates have {n:,} characters, and at most {self.limits.template_length:,} are taken; "
+                "use another file, or larger limits"
+            )
+        for key, text in templates.items():
+            made = ChatTemplate(text, eos, bos, [self.token_eos()], self.limits)
+            name = key.removeprefix("tokenizer.")
+            if key == TEMPLATE:
+                name, self.chat_template = "chat_template.default", made
+            self._chat_handlers[name] = made.to_chat_handler()
+        if choose and self.chat_template is not None:
+            self.chat_format = guess_chat_format_from_gguf_metadata(self.metadata) or "chat_template.default"
 
     # ---- evaluation
 
