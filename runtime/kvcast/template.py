@@ -100,7 +100,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self._work = _Work()
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.filters = {name: self._bounded("filter", name, self.filters[name]) for name in FILTERS - {"tojson"}}
-        self.filters["tojson"] = self._bounded("filter", "tojson", Jinja2ChatFormatter.tojson)
+        self.filters["tojson"] = self._bounded("filter", "tojson", Jinja2ChatFormatter.tojson)  # type: ignore[arg-type]
         self.tests = {name: self._bounded("test", name, test) for name, test in self.tests.items()}
 
     @contextmanager
@@ -150,7 +150,7 @@ class Environment(ImmutableSandboxedEnvironment):
                 to_see.append((value._Namespace__attrs, depth + 1))  # type: ignore[attr-defined]
             elif isinstance(value, Container):
                 total += PER_VALUE
-                to_see += [(inner, depth + 1) for inner in value]
+                to_see += [(inner, depth + 1) for inner in value]  # type: ignore[union-attr]
             else:
                 total += PER_VALUE
             if total > most or deepest > DEPTH or len(to_see) > most:
