@@ -92,11 +92,12 @@ class Checkpoints:
         self._points = [Checkpoint(0)]
         self._n_given = 0  # tokens from the beginning that came from elsewhere, in batches that nobody knows
         self._origin: tuple[Checkpoint, int] | None = None  # what was gone back to, and where reading goes on from there
+        self._begun: Checkpoint | None = None  # where the prompt began that has not ended
 
     def adopt(self, n_tokens: int) -> None:
         """The store now holds ``n_tokens`` of which nothing is known."""
         self._points = [Checkpoint(0)]
-        self._n_given, self._origin = n_tokens, None
+        self._n_given, self._origin, self._begun = n_tokens, None, None
 
     def cut(self, n_tokens: int) -> None:
         """The store ends at ``n_tokens``."""
@@ -108,6 +109,8 @@ class Checkpoints:
         self._n_given = min(self._n_given, n_tokens)
         if self._origin is not None and self._origin[1] != n_tokens:
             self._origin = None
+        if self._begun is not None and self._begun.n_tokens > n_tokens:
+            self._begun = None
 
     def back(self, n_tokens: int, n_total: int) -> tuple[Checkpoint, int]:
         """Where to go when the store is cut at ``n_tokens``, to be read on to ``n_total``: the checkpoint whose state to take, and the
@@ -122,6 +125,8 @@ class Checkpoints:
         return point, n_stay
 
     def _origin_of(self, n_tokens: int, n_total: int) -> tuple[Checkpoint, int]:
+        if self._begun is not None:  # a prompt that was not read to its end
+            return self._begun, self._whole(self._begun, n_tokens, n_total)
         before = [p for p in reversed(self._points) if p.n_tokens <= n_tokens]
         for point in before:
             if point.end == n_total and point.last_batch <= n_tokens:
@@ -144,20 +149,20 @@ class Checkpoints:
     def begin(self, n_tokens: int, held: bool, state: Callable[[], State | None]) -> Checkpoint:
         """A prompt begins where the store ends now; returns its checkpoint, which goes on from what was gone back to."""
         if self._origin is not None and self._origin[1] == n_tokens:
-            point = self._origin[0]
+            self._begun = point = self._origin[0]
             point.last_batch = point.end = -1
             return point
         self.cut(n_tokens)
         if self._points[-1].n_tokens < n_tokens:
             self._add(Checkpoint(n_tokens, state(), held))
-        point = self._points[-1]
+        self._begun = point = self._points[-1]
         point.n_whole, point.last_batch, point.end = 0, -1, -1
         return point
 
     def ended(self, point: Checkpoint, last_batch: int, n_tokens: int, held: bool, state: State | None) -> None:
         """The prompt that began at a checkpoint is done."""
         point.last_batch, point.end = last_batch, n_tokens
-        self._origin = None
+        self._origin = self._begun = None
         self._add(Checkpoint(n_tokens, state, held))
 
     def _add(self, point: Checkpoint) -> None:

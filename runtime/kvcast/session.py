@@ -443,9 +443,9 @@ class Session:
     def prompt(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], None], *, held: bool = True) -> None:
         """Run a batch of tokens dense; the last ones prime the history. Not ``held``: they are the prompt of an answer."""
         self._begin()
-        self._lost = True
         self._confirm(self.n_tokens)
         begun = self.checkpoints.begin(self.n_tokens, held, self._state)
+        self._lost = True
         if self._passed_over is not None:  # for the prompt before
             self._use(self._passed_over)
         self.history.renew()
