@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from kvcast import Llama, SparseConfig, models
@@ -14,6 +13,7 @@ from kvcast.cli import fetched, notes, progress
 from kvcast.cores import usable_cores
 from kvcast.eval.recovery import Recorder, recovery_of, true_scores
 from kvcast.picture import attended
+from kvcast.terminal import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 console = Console(emoji=False)

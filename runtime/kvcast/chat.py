@@ -23,7 +23,7 @@ from .session import StepTimes
 MARK = "\x02question\x02"
 HANDLED_S = 0.1  # by which a signal was handled, or is missed
 ROLES = ("system", "user", "assistant")
-SMALL_BYTES = 1 << 28  # of a state: written and read again in well under a second
+SMALL_BYTES = 1 << 28  # of a state; what is larger takes seconds to write
 
 
 def around_question(llm: Llama, messages: list[dict[str, str]]) -> tuple[str, str] | None:

@@ -122,7 +122,7 @@ def doctor() -> None:
 
 @app.command("cache")
 def list_cache(clear: Annotated[bool, typer.Option("--clear", help="Remove them all.")] = False) -> None:
-    """List the processed documents that `kvcast chat` keeps on disk, or remove them."""
+    """List the processed documents that `kvcast chat` and `serve` keep on disk, or remove them; what else is in their folder stays."""
     from .cache import DocumentCache
 
     documents = DocumentCache()
@@ -168,7 +168,7 @@ def chat(
     cache: Annotated[bool, typer.Option(help="Keep processed documents on disk, to open them again at once; see `kvcast cache`.")] = True,
     untested: Untested = DEFAULT.untested,
     session: Annotated[
-        Path | None, typer.Option(help="Go on with the conversation in this file, if it is there, and keep it there in the end.")
+        Path | None, typer.Option(help="Go on with the conversation in this file, if it is there, and keep it there.")
     ] = None,
 ) -> None:
     """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""

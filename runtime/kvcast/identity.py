@@ -1,7 +1,7 @@
 """Which model a session was made with: a hash of the whole content of its files.
 
-Hashing takes a second for about a gigabyte and thread, so what was found is remembered in the user's cache folder, with what changes when
-a file does. It is asked for when a session is first saved or loaded, of the files that were loaded.
+A large file takes seconds, so what was found is remembered in the user's cache folder, with what changes when a file does. It is asked for
+when a session is first saved or loaded, of the files that were loaded.
 """
 
 from __future__ import annotations

@@ -113,9 +113,8 @@ def save(llm: Llama, path: Path, about: dict[str, Any]) -> None:
     try:
         with files.replacing(path, private=True) as file:
             _write(file, llm, meta, arrays)
-            _look_through(llm, file, path)
-    except SessionDamaged as error:
-        raise SessionError(f"the session cannot be saved as {str(path)!r}: {error.how}; llama.cpp would not open it again") from error
+    except (native.StateRefused, ValueError) as error:
+        raise SessionError(f"the session cannot be saved as {str(path)!r}: {error}, so that it could not be opened again") from error
     except (OSError, MemoryError) as error:
         reason = "memory ran out" if isinstance(error, MemoryError) else files.reason(error)
         raise SessionError(f"the session cannot be saved as {str(path)!r} ({reason}); free some space or choose another place") from error
@@ -418,10 +417,16 @@ def _write(file: IO[bytes], llm: Llama, meta: dict[str, Any], arrays: dict[str, 
     out.write(np.ascontiguousarray(llm.input_ids[: llm.n_tokens], np.int32).tobytes())
     n_state = native.write_state(llm.ctx, out)
     out.write(packed.getbuffer())
-    description = json.dumps({**meta, "n_state": n_state, "n_arrays": packed.getbuffer().nbytes}).encode()
+    meta = {**meta, "n_state": n_state, "n_arrays": packed.getbuffer().nbytes}
+    description = json.dumps(meta).encode()
     if len(description) > DESCRIPTION_MAX:
         raise OSError(f"what is kept with it has {len(description)} bytes, and {DESCRIPTION_MAX} is the most")
     out.write(description)
     out.write(LENGTH.pack(len(description)))
     file.write(TAIL.pack(checksum.digest(), VERSION, MAGIC))
-    file.flush()
+    # what would be refused is not kept
+    Meta(**meta)
+    if llm.sparse is not None:
+        llm.session.check(meta["numbers"], arrays, llm.n_tokens)
+    file.seek(STATE_HEADER.size + 4 * llm.n_tokens)
+    native.check_state(llm.ctx, lambda part: _fill(file, part), n_state, llm.n_tokens)
