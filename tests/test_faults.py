@@ -27,7 +27,7 @@ def test_two_threads_with_one_model(smollm2, code, sparse):
     tokens = llm.tokenize(code.encode())[:700]
     first = threading.Thread(target=llm.eval, args=(tokens,))
     first.start()
-    while llm._evaluator is None and first.is_alive():
+    while llm._turns.thread is None and first.is_alive():
         pass
     with pytest.raises(GenerationError, match="another thread evaluates"):
         llm.eval(tokens[:1])
