@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -228,3 +230,27 @@ def test_a_grammar_that_no_token_of_the_model_fits(tmp_path, llm):
         llm.create_completion("x", max_tokens=5, temperature=0, grammar=LlamaGrammar.from_string("root ::= <[1]> !<[1]>"))
         llm.create_completion("x", max_tokens=5, temperature=0, grammar=LlamaGrammar.from_string("root ::= <[2]> <[2]>"))
     assert said(llm, LlamaGrammar.from_string('root ::= "no"'))[0] == "no"
+
+
+LONG_TOKENS = """
+import sys
+from kvcast import GenerationError, Llama
+from llama_cpp import LlamaGrammar
+llm = Llama(sys.argv[1], n_ctx=256, verbose=False)
+for grammar in ('root ::= ([a-z]+ | [a-y]+ | "a")+ "."', 'root ::= ("a" | "a")* "b"'):
+    try:
+        llm.create_completion("x", max_tokens=3, temperature=0, grammar=LlamaGrammar.from_string(grammar))
+        print("answered")
+    except GenerationError as error:
+        print(error)
+print(llm.create_completion("x", max_tokens=4, temperature=0, grammar=LlamaGrammar.from_string('root ::= "yes"'))["choices"][0]["text"])
+"""
+
+
+def test_long_tokens_and_an_ambiguous_grammar(tmp_path):
+    """Each token of the vocabulary is tried in all the ways in which a grammar can read it, 2^n for n characters that it can read twice."""
+    model = write_shape(tmp_path / "long.gguf", n_layer=1, n_embd=64, n_ff=128, n_vocab=320, vocabulary="llama", special=("a" * 100 + "!",))
+    done = subprocess.run([sys.executable, "-c", LONG_TOKENS, str(model)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    assert len(said) == 2 and all("too many ways" in line for line in said) and last == "yes"
