@@ -101,7 +101,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.filters = {name: self._bounded("filter", name, self.filters[name]) for name in FILTERS - {"tojson"}}
         self.filters["tojson"] = self._bounded("filter", "tojson", Jinja2ChatFormatter.tojson)  # type: ignore[arg-type]
-        self.tests = {name: self._bounded("test", name, test) for name, test in self.tests.items()}
+        self.tests = {name: self._bounded("test", name, test) for name, test in self.tests.items()}  # type: ignore[arg-type]
 
     @contextmanager
     def bounded(self, given: Any) -> Iterator[None]:
