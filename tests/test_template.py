@@ -9,6 +9,7 @@ import pytest
 
 from conftest import ROOT
 from kvcast import InputError, KvcastError, Llama, ModelError
+from kvcast.chat import Conversation
 from kvcast.limits import Limits
 from kvcast.template import ChatTemplate
 from shapes import write_shape
@@ -16,6 +17,7 @@ from shapes import write_shape
 sys.path.insert(0, str(ROOT / "scripts"))
 import vendor
 
+from llama_cpp import llama_chat_format  # isort: skip
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
 
 SMALL = Limits(template_seconds=0.5, template_characters=1 << 20)
@@ -191,12 +193,57 @@ def test_templates_of_real_models_write_what_they_always_wrote(tmp_path, monkeyp
         stock, ours = (kind(file.read_text(encoding="utf-8"), "<eos>", "<bos>") for kind in (Jinja2ChatFormatter, ChatTemplate))
         for chat in CHATS:
             before, now = prompt_of(stock, chat), prompt_of(ours, chat)
-            if isinstance(before, str):
+            if chat["messages"][0] is SYSTEM and not ours.takes_system:
+                assert isinstance(now, InputError) or SYSTEM["content"] in now, file.name
+            elif isinstance(before, str):
                 assert now == before, file.name
                 n_written += 1
             elif isinstance(now, Exception):
                 assert isinstance(now, InputError), (file.name, now)
     assert n_written > 150
+
+
+def written(llm):
+    return llm.detokenize(llm.input_ids[: llm.n_tokens].tolist()).replace("\u2581".encode(), b" ")
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+ALTERNATES = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}{% endfor %}"  # noqa: E501
+USERS_ONLY = "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("start", [REFUSES, ALTERNATES, REFUSES + ALTERNATES, ""], ids=["refused", "must alternate", "both", "left out"])
+def test_what_the_system_says_comes_before_the_question_where_there_is_no_such_role(start):
+    template = ChatTemplate(start + USERS_ONLY, "", "")
+    assert not template.takes_system
+    assert template(messages=[SYSTEM, QUESTION]).prompt == "<user>Be brief.\n\nWhy?"
+    assert template(messages=[SYSTEM, SYSTEM, QUESTION]).prompt == "<user>Be brief.\n\nBe brief.\n\nWhy?"
+    assert template(messages=[SYSTEM]).prompt == "<user>Be brief."
+    answered = [SYSTEM, QUESTION, {"role": "assistant", "content": "So."}, QUESTION]
+    assert template(messages=answered).prompt == "<user>Be brief.\n\nWhy?<assistant>So.<user>Why?"
+    assert answered[0] is SYSTEM and answered[1] is QUESTION and QUESTION["content"] == "Why?"
+    assert template(messages=[QUESTION]).prompt == "<user>Why?"
+    parts = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+    assert "Be brief." in template(messages=[SYSTEM, parts]).prompt
+
+
+def test_a_document_is_read_with_a_template_without_the_system_role(tmp_path):
+    text = REFUSES + "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    llm = Llama(write_shape(tmp_path / "m.gguf", vocabulary="llama", template=text, n_layer=1), n_ctx=512, verbose=False)
+    talk = Conversation(llm, "Anna has a dog called Rex.")
+    talk.read()
+    n_read = llm.n_tokens
+    list(talk.ask("What is it called?", max_tokens=2))
+    assert n_read > 8 and b"[user] Answer from this document.\n\nAnna has a dog called Rex.\n\nWhat is it called?" in written(llm)
+    llm.close()
+
+
+@pytest.mark.parametrize("known", [llama_chat_format.MISTRAL_INSTRUCT_CHAT_TEMPLATE])
+def test_a_format_that_would_leave_the_system_out_is_not_chosen(tmp_path, known):
+    llm = Llama(write_shape(tmp_path / "m.gguf", vocabulary="llama", template=known, n_layer=1), n_ctx=512, verbose=False)
+    llm.create_chat_completion([SYSTEM, QUESTION], max_tokens=1)
+    assert b"Be brief." in written(llm)
+    llm.close()
 
 
 def test_long_chats_are_written():

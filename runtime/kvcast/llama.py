@@ -228,7 +228,8 @@ class Llama(Lifetime, llama_cpp.Llama):
                 name, self.chat_template = "chat_template.default", made
             self._chat_handlers[name] = made.to_chat_handler()
         if choose and self.chat_template is not None:
-            self.chat_format = guess_chat_format_from_gguf_metadata(self.metadata) or "chat_template.default"
+            guessed = guess_chat_format_from_gguf_metadata(self.metadata)
+            self.chat_format = guessed if guessed and self.chat_template.takes_system else "chat_template.default"
 
     # ---- evaluation
 

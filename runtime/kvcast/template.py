@@ -390,13 +390,32 @@ class ChatTemplate(Jinja2ChatFormatter):
             ) from error
 
     def __call__(self, **kwargs: Any) -> ChatFormatterResponse:
-        """The prompt for messages.
+        """The prompt for messages. What a template would refuse or leave out of a first system message goes before the first question.
 
         Raises
         ------
         InputError
             The template cannot write them, or refuses them.
         """
+        messages = kwargs.get("messages")
+        if messages and messages[0].get("role") == "system" and not self.takes_system:
+            kwargs["messages"] = _without_system(messages)
+        return self._written(kwargs)
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether system messages are written; the templates of Gemma 2 and of older Mistrals refuse them, others pass over them."""
+        messages = [{"role": "system", "content": "a-system-message"}, {"role": "user", "content": "a-question"}]
+        try:
+            return "a-system-message" in self._written({"messages": messages}).prompt
+        except InputError:
+            pass
+        try:
+            return "a-system-message" not in self._written({"messages": _without_system(messages)}).prompt
+        except InputError:  # for another reason
+            return True
+
+    def _written(self, kwargs: dict[str, Any]) -> ChatFormatterResponse:
         try:
             with self._bounds.bounded(kwargs):
                 return super().__call__(**kwargs)
@@ -414,6 +433,21 @@ class ChatTemplate(Jinja2ChatFormatter):
 
     def _too_much(self) -> str:
         return f"takes more than {self._limits.template_seconds:g} s, or makes more than {self._limits.template_characters:,} characters"
+
+
+def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first system messages as the beginning of the first message of a user."""
+    system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    texts = [message["content"] for message in system if isinstance(message.get("content"), str)]
+    first, rest = {"role": "user", "content": ""}, messages[len(system) :]
+    if rest and rest[0].get("role") == "user":
+        first, *rest = rest
+    content = first.get("content") or ""
+    if isinstance(content, str):
+        content = "\n\n".join([*texts, content] if content else texts)
+    else:
+        content = [*({"type": "text", "text": text + "\n\n"} for text in texts), *content]
+    return [{**first, "content": content}, *rest]
 
 
 def _new(value: Any) -> Chars:
