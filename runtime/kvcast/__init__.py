@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import predictor_onnx  # noqa: F401 - turns the telemetry of dependencies off, before they are imported
 
-from .errors import CallbackError, GenerationError, InputError, KvcastError, ModelError, SessionError, SparseUnsupported, SparseUntested
+from .errors import (
+    ArgumentError,
+    CallbackError,
+    GenerationError,
+    InputError,
+    KvcastError,
+    ModelError,
+    SessionError,
+    SparseUnsupported,
+    SparseUntested,
+)
 from .folders import keep_compiled_kernels
 from .library import carry_llama_cpp
 from .limits import Limits
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "CallbackError",
     "GenerationError",
     "InputError",

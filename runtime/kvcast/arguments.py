@@ -7,6 +7,7 @@ A check takes a name and a value, and returns the value as llama.cpp is to get i
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -26,6 +27,7 @@ UINT32_MAX = (1 << 32) - 1
 N_CTX_MAX = INT32_MAX - 255  # tokens: the next multiple of 256 is a number, too
 N_THREADS_MAX = 512  # ggml's
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+BELOW_1 = math.nextafter(1.0, 0.0)
 ADDRESS_MIN = 1 << 16  # of a function: lower ones belong to nobody
 KV_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}  # ggml's, of a KV cache
 TEMPERATURE_MIN = 1e-9  # logits that are divided by less are no numbers any more
@@ -73,6 +75,8 @@ def number(least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX, why: str = ""
         must = "a finite number"
     elif most >= FLOAT32_MAX:
         must = f"a finite number, {least:g} or more"
+    elif most == BELOW_1:
+        must = f"a share: {least:g} or more, and less than 1"
     else:
         must = f"a number from {least:g} to {most:g}"
 

@@ -188,7 +188,7 @@ def chat(
     if threads:
         more["n_threads"] = threads
     if config is None:
-        more.update(flash_attn=True, n_threads=threads or usable_cores())
+        more["flash_attn"] = True
     with contextlib.closing(Llama(gguf, n_ctx=context, sparse=config, verbose=False, **more)) as llm:
         for note in notes_on(llm, context, more):
             _say(note)
@@ -306,7 +306,7 @@ def serve(
         name = model or "smollm2"
         more = _placement(gpu_layers, kv_type)
         if threads:
-            more.update(n_threads=threads, n_threads_batch=threads)
+            more["n_threads"] = threads
         alias = name if models.find(name) else Path(name).stem
         values = {"model": name, "model_alias": alias, "n_ctx": n_ctx, "sparse": None if dense else sparse, **more}
         server, found = ServerSettings(), [checked(ModelSettings, values, "kvcast serve")]
@@ -436,7 +436,7 @@ def trace(
     contexts = [context] if context else [1536, 3072, 6144]
     path = fetched(model)
     folder = out / path.stem
-    more = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
+    more = {"n_threads": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=max(contexts) + steps + 64, sparse=config, verbose=False, **more)) as llm:
         with progress(f"recording {path.stem}") as update:
             for i, (name, content) in enumerate(documents):

@@ -5,11 +5,35 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from . import arguments
+from .arguments import shown
+from .errors import ArgumentError
 from .native import BLOCK_TOKENS
 
 POOL_STEP = 256  # tokens: of the device path's budgets
 PUBLISHED = ("quest", "streaming", "h2o", "snapkv")  # other methods, for evaluation
 PREDICTORS = ("auto", "ema", "last", "window", "oracle", *PUBLISHED)
+
+
+TOKENS_MAX = 1 << 30
+_tokens = arguments.whole(-arguments.INT32_MAX, TOKENS_MAX)  # the least is said in a sentence of its own
+_CHECKS: dict[str, arguments.Check] = {
+    "budget": _tokens,
+    "compression": arguments.optional(arguments.number(1.0, TOKENS_MAX)),
+    "predictor": arguments.text,
+    "predictor_on": arguments.text,
+    "sink": _tokens,
+    "window": _tokens,
+    "hold": arguments.optional(arguments.whole(1, TOKENS_MAX)),
+    "calibrate": arguments.text,
+    "budgets": arguments.text,
+    "dense_layers": arguments.whole(0, TOKENS_MAX),
+    "min_recovery": arguments.number(0.0, arguments.BELOW_1),
+    "trace": arguments.flag,
+    "path": arguments.text,
+    "prefetch": arguments.flag,
+    "untested": arguments.flag,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +87,9 @@ class SparseConfig:
 
     Raises
     ------
-    ValueError
-        A value is out of its range; the message names it and what would be right.
+    ArgumentError
+        A value is of another type than it must be, or out of its range; the message names it and what would be right. It is a
+        ValueError and a TypeError.
     """
 
     budget: int = 512
@@ -84,52 +109,40 @@ class SparseConfig:
     untested: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("budget", "sink", "window", "hold", "dense_layers"):
-            value = getattr(self, name)
-            if name == "hold" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         for name in ("sink", "window"):
             value = getattr(self, name)
             if value < BLOCK_TOKENS or value % BLOCK_TOKENS:
-                raise ValueError(f"{name} is {value} tokens; it must be a multiple of {BLOCK_TOKENS}, at least {BLOCK_TOKENS}")
+                raise ArgumentError(f"{name} is {value} tokens; it must be a multiple of {BLOCK_TOKENS}, at least {BLOCK_TOKENS}")
         least = self.sink + self.window + BLOCK_TOKENS
         if self.budget < least:
-            raise ValueError(
+            raise ArgumentError(
                 f"budget is {self.budget} tokens; it must be at least {least}: sink ({self.sink}), window ({self.window}) "
                 f"and one block of {BLOCK_TOKENS}"
             )
-        if self.compression is not None and not self.compression >= 1:
-            raise ValueError(f"compression is {self.compression}; it must be 1 or more")
-        if self.hold is not None and self.hold < 1:
-            raise ValueError(f"hold is {self.hold} steps; it must be at least 1")
-        if self.dense_layers < 0:
-            raise ValueError(f"dense_layers is {self.dense_layers}; it must be 0 or more")
-        if not 0 <= self.min_recovery < 1:
-            raise ValueError(f"min_recovery is {self.min_recovery}; it must be a share: at least 0, less than 1")
         if self.predictor not in PREDICTORS and not re.fullmatch("onnx:.+", self.predictor):
-            raise ValueError(f"predictor is {self.predictor!r}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
+            raise ArgumentError(f"predictor is {shown(self.predictor)}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
         if self.predictor_on not in ("cpu", "cuda"):
-            raise ValueError(f"predictor_on is {self.predictor_on!r}; use 'cpu' or 'cuda'")
-        if not re.fullmatch(r"auto|summary|off|(dense|host):[1-9]\d*", self.calibrate):
-            raise ValueError(f"calibrate is {self.calibrate!r}; use 'auto', 'summary', 'dense:M' or 'host:M' with M >= 1, or 'off'")
+            raise ArgumentError(f"predictor_on is {shown(self.predictor_on)}; use 'cpu' or 'cuda'")
+        if not re.fullmatch(r"auto|summary|off|(dense|host):[1-9]\d{0,8}", self.calibrate, re.ASCII):
+            raise ArgumentError(f"calibrate is {shown(self.calibrate)}; use 'auto', 'summary', 'dense:M' or 'host:M' with M >= 1, or 'off'")
         if self.budgets not in ("spread", "uniform"):
-            raise ValueError(f"budgets is {self.budgets!r}; use 'spread' or 'uniform'")
+            raise ArgumentError(f"budgets is {shown(self.budgets)}; use 'spread' or 'uniform'")
         if self.path not in ("auto", "host", "device"):
-            raise ValueError(f"path is {self.path!r}; use 'auto', 'host' or 'device'")
+            raise ArgumentError(f"path is {shown(self.path)}; use 'auto', 'host' or 'device'")
         if self.device:
             if self.budget % POOL_STEP:
-                raise ValueError(f"budget is {self.budget} tokens; with path='device' it must be a multiple of {POOL_STEP}")
+                raise ArgumentError(f"budget is {self.budget} tokens; with path='device' it must be a multiple of {POOL_STEP}")
             if self.window < 2 * BLOCK_TOKENS:  # what leaves the window has to be complete in the store a step before
-                raise ValueError(f"window is {self.window} tokens; with path='device' it must be at least {2 * BLOCK_TOKENS}")
+                raise ArgumentError(f"window is {self.window} tokens; with path='device' it must be at least {2 * BLOCK_TOKENS}")
             if self.calibrate == "summary":
-                raise ValueError(
+                raise ArgumentError(
                     "calibrate='summary' is for path='host', where a step chooses for itself; use 'host:M', 'dense:M' or 'off'"
                 )
             if self.compression is not None or self.dense_layers:
                 name = "dense_layers" if self.compression is None else "compression"
-                raise ValueError(f"{name} does not go with path='device', whose pool is as large as the budget; leave it out")
+                raise ArgumentError(f"{name} does not go with path='device', whose pool is as large as the budget; leave it out")
 
     def budget_blocks(self, n_tokens: int) -> int:
         """Blocks per layer and KV head at a context of ``n_tokens``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ class GgufFile:
     Parameters
     ----------
     path : path-like
+    overrides : dict
+        Values that stand for the file's, as llama.cpp takes ``kv_overrides``: where the file has none, or one of the same kind.
 
     Attributes
     ----------
@@ -93,8 +96,9 @@ class GgufFile:
         The file is missing, not a GGUF, or shorter than its header says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], overrides: Mapping[str, bool | int | float | str] | None = None):
         self._gguf: int | None = None
+        self._overrides = overrides or {}
         self.path = path = Path(path)
         if not path.is_file():
             raise ModelError(
@@ -127,11 +131,18 @@ class GgufFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def is_overridden(self) -> bool:
+        return bool(self._overrides)
+
     def get(self, key: str, default: Any = None) -> Any:
         """A key's number, bool, string or list of numbers; ``default`` where there is none. Arrays of strings: see ``strings``."""
         i = _find_key(self._gguf, key.encode())
-        if i < 0:
-            return default
+        found = default if i < 0 else self._value(i, default)
+        override = self._overrides.get(key)
+        return override if override is not None and (i < 0 or type(override) is type(found)) else found
+
+    def _value(self, i: int, default: Any) -> Any:
         kind = _kv_type(self._gguf, i)
         if kind == _STRING:
             return _str(self._gguf, i).decode("utf-8", "replace")

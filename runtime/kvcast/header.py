@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .embedded import Embedded, embedded_in
@@ -11,6 +12,7 @@ from .gguf_file import GgufFile, row_size
 
 SWA_PERIOD = {"cohere2": 4, "gemma3": 6, "olmo2": 4}  # of so many layers the last attends to everything, where the file says nothing else
 N_LAYER_MAX = 512  # llama.cpp's LLAMA_MAX_LAYERS
+N_EXPERT_MAX = 1024  # LLAMA_MAX_EXPERTS
 HEAD_MAX = 1 << 16  # heads, and channels of each
 ROPE_SCALING = ("none", "linear", "yarn", "longrope")  # that llama.cpp knows
 WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
@@ -71,15 +73,15 @@ class Header:
         return (n_cells * self.n_layer_served + n_cells_swa * self.n_layer_swa) * (k + v)
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the header of a GGUF file.
+def read_header(path: str | os.PathLike[str], overrides: Mapping[str, bool | int | float | str] | None = None) -> Header:
+    """Read and check the header of a GGUF file, with values that stand for its own (``kv_overrides``).
 
     Raises
     ------
     ModelError
-        The file is missing, not a GGUF, shorter than its header says, or damaged.
+        The file is missing, not a GGUF, shorter than its header says, or damaged; or cannot be with these overrides.
     """
-    with GgufFile(path) as gguf:
+    with GgufFile(path, overrides) as gguf:
         return header_of(gguf)
 
 
@@ -98,6 +100,8 @@ def header_of(gguf: GgufFile) -> Header:
 
     tokens = gguf.strings("tokenizer.ggml.tokens")
     if wrong := _damage(gguf, arch, tokens):
+        if gguf.is_overridden:
+            raise ModelError(f"{str(gguf.path)!r} cannot be loaded with these kv_overrides: {wrong}")
         raise ModelError(f"{str(gguf.path)!r} is damaged: {wrong}; fetch it again")
     n_embd, n_head = number("embedding_length", 0), number("attention.head_count", 0)
     head_dim = n_embd // n_head if n_head else 0
@@ -150,6 +154,17 @@ def _damage(gguf: GgufFile, arch: str, tokens: list[bytes]) -> str:
         epsilon = gguf.get(f"{arch}.attention.{key}")
         if isinstance(epsilon, float) and not epsilon >= 0:
             return f"its {key} is {epsilon}, and not 0 or more"
+    experts, used, groups, groups_used = (
+        _most(gguf.get(f"{arch}.expert_{key}")) for key in ("count", "used_count", "group_count", "group_used_count")
+    )
+    dense = arch.startswith("hunyuan") and experts <= 1  # which llama.cpp passes over
+    if not dense and (experts > N_EXPERT_MAX or used > experts or (experts > 0) != (used > 0)):
+        return f"it claims {used} used experts of {experts}, and there can be {N_EXPERT_MAX} at most"
+    if groups and (groups >= experts or (groups > 1 and (experts % groups or not 0 < groups_used < groups))):
+        return f"it claims {groups_used} used groups of {groups} for {experts} experts"
+    n_more = _most(gguf.get(f"{arch}.nextn_predict_layers"))
+    if isinstance(n_layer, int) and n_more > n_layer:
+        return f"it claims {n_more} layers that predict further tokens, of {n_layer}"
     scaling = gguf.get(f"{arch}.rope.scaling.type")
     if isinstance(scaling, str) and scaling not in ROPE_SCALING:
         return f"its RoPE scaling is {scaling[:40]!r}, and not one of {', '.join(ROPE_SCALING)}"

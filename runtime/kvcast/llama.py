@@ -21,6 +21,7 @@ from .config import SparseConfig
 from .cores import usable_cores
 from .device import DeviceSession
 from .errors import ArgumentError, CallbackError, ContextFull, GenerationError, ModelError, SessionError
+from .gguf_file import GgufFile
 from .grammar import GrammarError, check_grammar, grammar_of_schema
 from .header import Header, read_header
 from .lifetime import Closed, Lifetime, in_turn, inside
@@ -79,14 +80,14 @@ class Llama(Lifetime, llama_cpp.Llama):
     model_path : str
         A GGUF file.
     sparse : SparseConfig or None
-        None is stock behaviour, to the bit. With a config the KV cache is kept in host memory, flash attention is on
-        and, unless ``n_threads`` is given, all physical cores are used (for steps over a pool on a GPU two). With a GPU,
+        None is stock behaviour, to the bit. With a config the KV cache is kept in host memory and flash attention is on. With a GPU,
         ``n_batch`` and ``n_ubatch`` are 2048 unless one is given. Sliding-window layers keep the end of the context only, unless
         ``swa_full`` is given.
     limits : Limits or None
         Bounds on texts, grammars, schemas and chat templates; None: the defaults.
     **kwargs
-        Those of ``llama_cpp.Llama``. Unknown ones are an error.
+        Those of ``llama_cpp.Llama``. Unless ``n_threads`` is given, all physical cores that this process may use are (for steps over
+        a pool on a GPU two); unless ``n_threads_batch`` is, prompts take as many. Unknown ones are an error.
 
     Raises
     ------
@@ -119,10 +120,14 @@ class Llama(Lifetime, llama_cpp.Llama):
         kwargs = arguments.of_loading(kwargs)
         if sparse is not None:
             kwargs = _of_sparse(kwargs, sparse)
+        kwargs["n_threads"] = kwargs.get("n_threads") or usable_cores()
+        kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
         path = os.fsdecode(model_path)
-        header = read_header(path)
+        header = read_header(path, kwargs.get("kv_overrides"))
+        if (adapter := kwargs.get("lora_path")) is not None:
+            _check_adapter(adapter, header)
         self._stamps = identity.stamps(identity.files_of(path, header.n_split))
-        self._lora_stamps = identity.stamps([lora] if (lora := kwargs.get("lora_path")) else [])
+        self._lora_stamps = identity.stamps([adapter] if adapter else [])
         if sparse is not None and not sparse.untested and header.arch not in TESTED:
             if error := refusal(path):
                 raise error
@@ -858,10 +863,9 @@ def _of_sparse(kwargs: dict[str, Any], sparse: SparseConfig) -> dict[str, Any]:
     arguments.refuse_contradictions(kwargs)
     given = {name: value for name, value in kwargs.items() if value is not None}
     on_gpu = llama_cpp.llama_supports_gpu_offload() and given.get("n_gpu_layers", 0)
-    if not given.get("n_threads_batch"):
-        given["n_threads_batch"] = given.get("n_threads") or usable_cores()
-    if not given.get("n_threads"):
-        given["n_threads"] = STEP_THREADS if sparse.device and on_gpu else usable_cores()
+    if sparse.device and on_gpu and not given.get("n_threads"):
+        given["n_threads_batch"] = given.get("n_threads_batch") or usable_cores()
+        given["n_threads"] = STEP_THREADS
     if llama_cpp.llama_supports_gpu_offload() and not {"n_batch", "n_ubatch"} & given.keys():
         given.update(n_batch=GPU_BATCH, n_ubatch=GPU_BATCH)
     return {"swa_full": False, **given, "offload_kqv": False, "flash_attn": True}
@@ -871,6 +875,8 @@ def _explained(error: Exception, path: str) -> Exception:
     """What made loading a model fail, as an error of ours where it is one."""
     if isinstance(error, TemplateError | UnicodeDecodeError):
         return ModelError(f"the chat template or another text in {path!r} cannot be read ({error}); fetch the file again")
+    if isinstance(error, RuntimeError) and "LoRA" in str(error):
+        return ModelError("llama.cpp could not load the LoRA adapter: it is damaged or for another model; use another one")
     if isinstance(error, MemoryError):
         return ModelError(f"memory ran out while {path!r} was loaded; {SMALLER}")
     if isinstance(error, ValueError) and ("load model" in str(error) or "create llama_context" in str(error)):
@@ -879,6 +885,20 @@ def _explained(error: Exception, path: str) -> Exception:
             "verbose=True shows its own words"
         )
     return error
+
+
+def _check_adapter(path: str, header: Header) -> None:
+    """Refuse what is no LoRA adapter for this family."""
+    if not os.path.isfile(path):
+        raise ModelError(f"there is no LoRA adapter {path!r}; give the path of a .gguf file, or leave lora_path out")
+    with GgufFile(path) as gguf:
+        kind = gguf.get("general.type"), gguf.get("adapter.type")
+        if kind != ("adapter", "lora"):
+            raise ModelError(
+                f"{path!r} is not a LoRA adapter; leave lora_path out, or convert one with llama.cpp's convert_lora_to_gguf.py"
+            )
+        if (arch := gguf.get("general.architecture")) != header.arch:
+            raise ModelError(f"{path!r} is a LoRA adapter for another family ({arch}), and the model is {header.arch}; use another one")
 
 
 def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: bool) -> None:

@@ -38,6 +38,8 @@ def _load_plugins() -> None:
 
 
 _load_plugins()
+# a null pointer is not None, which llama-cpp-python looks for
+llama_cpp.llama_adapter_lora_init.errcheck = lambda adapter, _function, _arguments: adapter if adapter else None
 
 
 @llama_cpp.llama_log_callback

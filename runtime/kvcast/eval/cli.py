@@ -147,7 +147,7 @@ def _load(model: str, n_ctx: int, budget: int, threads: int | None, gpu_layers: 
     from ..llama import Llama
 
     path = fetched(model)
-    more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
+    more: dict[str, Any] = {"n_threads": threads} if threads else {}
     n_ctx = -(-n_ctx // 256) * 256
     config = SparseConfig(budget=budget, trace=True, untested=True)
     return path, Llama(path, n_ctx=n_ctx, n_gpu_layers=gpu_layers, sparse=config, verbose=False, **more)
