@@ -119,8 +119,8 @@ def test_errors_that_quote(model, tmp_path, how):
 
 def test_words_of_llama_cpp(capfd):
 
-    native._plain_log(4, b"bad name '\x1b[2J\xff'\n", None)
-    native._plain_log(3, b"bad name '\x1b[2J\xff'\n", None)
+    native._plain_log(4, b"bad name '\x1b[2J\xff'\n")
+    native._plain_log(3, b"bad name '\x1b[2J\xff'\n")
     assert not obeys(capfd.readouterr().err)
 
 

@@ -136,6 +136,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         self._watch = Watch()
         try:
             super(Lifetime, self).__init__(path, **kwargs)
+            self._raise_signal()
         except Exception as error:  # noqa: BLE001 - raised again
             if (raised := self._watch.take_raised()) is not None:  # Ctrl-C, say, while it was loaded
                 raise raised from None
@@ -824,27 +825,27 @@ class Llama(Lifetime, llama_cpp.Llama):
             return
         session = self.session
 
-        def call(_user, layer, pos, scores, n_taps, n_head_kv, stride) -> int:
-            try:
-                given = np.ctypeslib.as_array(scores, shape=(n_taps, n_head_kv, stride))[-1]
-                n_used = pos // native.BLOCK_TOKENS + 1
-                if session.in_sparse_step:
-                    full = np.zeros((n_head_kv, n_used), np.float32)
-                    index = attached.index_of(layer)
-                    for head in range(n_head_kv):
-                        n = session.n_attended[index * n_head_kv + head]
-                        full[head, attached.blocks[index, head, :n]] = given[head, :n]
-                else:
-                    full = given[:, :n_used].copy()
-                with self._calling_back():
-                    fn(layer, pos, full)
-                return 0
-            except BaseException as error:  # noqa: BLE001 - must not pass through native code; raised again by _decode
-                self._callback_error = error
-                self._hush()
-                return 1
+        def call(of: native.AttentionCall) -> int:
+            given = np.ctypeslib.as_array(of.scores, shape=(of.n_taps, of.n_head_kv, of.stride))[-1]
+            n_used = of.pos // native.BLOCK_TOKENS + 1
+            if session.in_sparse_step:
+                full = np.zeros((of.n_head_kv, n_used), np.float32)
+                index = attached.index_of(of.layer)
+                for head in range(of.n_head_kv):
+                    n = session.n_attended[index * of.n_head_kv + head]
+                    full[head, attached.blocks[index, head, :n]] = given[head, :n]
+            else:
+                full = given[:, :n_used].copy()
+            with self._calling_back():
+                fn(of.layer, of.pos, full)
+            return 0
 
-        attached.set_attention_callback(call)
+        def failed(error: BaseException) -> int:
+            self._callback_error = error  # raised again by _decode
+            self._hush()
+            return 1
+
+        attached.set_attention_callback(call, failed)
 
 
 def _schemas(given: dict[str, Any]) -> Iterator[Any]:

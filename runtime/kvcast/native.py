@@ -9,8 +9,9 @@ import contextlib
 import ctypes
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -42,13 +43,64 @@ _load_plugins()
 llama_cpp.llama_adapter_lora_init.errcheck = lambda adapter, _function, _arguments: adapter if adapter else None
 
 
-@llama_cpp.llama_log_callback
-def _plain_log(level: int, text: bytes, _user: Any) -> None:
+one_argument = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
+_lost: list[BaseException] = []  # what a signal handler raised while llama.cpp logged
+
+
+def _by_one(work: Callable[[int], int], failed: Callable[[BaseException], int]) -> Any:
+    """``work`` as a native callback of one argument, the address of what it is called with.
+
+    Python handles signals where its own code goes on. As a function begins that is before its ``try``, and what the handler raises is lost
+    in the native code that called; where a generator goes on it is inside. What is raised goes to ``failed``, and its answer to the caller.
+    """
+
+    def calls() -> Generator[int, int, None]:
+        answer = 0
+        while True:
+            waits = True
+            try:
+                address = yield answer
+                waits = False
+                answer = work(address)
+            except BaseException as error:  # noqa: BLE001 - must not pass through native code
+                if waits and isinstance(error, GeneratorExit):
+                    return
+                answer = failed(error)
+
+    running = calls()
+    next(running)
+    return one_argument(running.send)
+
+
+def is_lost() -> bool:
+    """Whether a signal handler raised while llama.cpp logged; in the main thread, whose signals they are."""
+    return bool(_lost) and threading.current_thread() is threading.main_thread()
+
+
+def take_lost() -> BaseException | None:
+    """What it raised, once."""
+    return _lost.pop() if is_lost() else None
+
+
+class _LogCall(ctypes.Structure):
+    _fields_ = [("level", ctypes.c_int32), ("text", ctypes.c_char_p)]
+
+
+def _log(address: int) -> int:
+    call = _LogCall.from_address(address)
+    _plain_log(call.level, call.text)
+    return 0
+
+
+def _plain_log(level: int, text: bytes) -> None:
     """llama.cpp quotes names from files; what a terminal would obey does not reach it."""
-    _logger.llama_log_callback(level, plain(text.decode(errors="replace")).encode(), None)
+    if _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
+        print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
 
 
-llama_cpp.llama_log_set(_plain_log, ctypes.c_void_p(0))
+_log_by_one = _by_one(_log, lambda error: _lost.append(error) or 0)
+_native_log = llama_cpp.llama_log_callback(("kvcast_log_by_one", llama_cpp._lib))
+llama_cpp.llama_log_set(_native_log, ctypes.cast(_log_by_one, ctypes.c_void_p))
 
 
 _hush_lock = threading.RLock()  # a signal handler may hush while its thread holds it
@@ -83,6 +135,8 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         speak()
+    if (error := take_lost()) is not None:
+        raise error
 
 
 BLOCK_TOKENS = 16
@@ -102,6 +156,8 @@ attention_callback = ctypes.CFUNCTYPE(
 )
 
 
+_attention_by_one = attention_callback(("kvcast_attention_by_one", llama_cpp._lib))
+
 # int fn(layer, block, k, v, k_row_bytes, v_row_bytes): what Llama.on_kv calls when it is given an address
 kv_callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
@@ -110,7 +166,18 @@ kv_callback = ctypes.CFUNCTYPE(
 
 # int64 fn(user, data, n_bytes)
 kvcast_io = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_io_by_one = kvcast_io(("kvcast_io_by_one", llama_cpp._lib))
 watch_poll = ctypes.CFUNCTYPE(ctypes.c_int32)  # int fn(): 0 to stop
+
+
+class AttentionCall(ctypes.Structure):
+    """``kvcast_attention_call``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("layer", "pos")),
+        ("scores", c_float_p),
+        *((name, ctypes.c_int32) for name in ("n_taps", "n_head_kv", "stride")),
+    ]
 
 
 class kvcast_params(ctypes.Structure):
@@ -270,8 +337,8 @@ def write_state(ctx: int, file: IO[bytes]) -> int:
     def move(part: memoryview) -> None:
         file.write(part)
 
-    with _moving(move) as fn:
-        n_bytes = kvcast_write_state(ctx, fn, None)
+    with _moving(move) as (fn, user):
+        n_bytes = kvcast_write_state(ctx, fn, user)
     if n_bytes < 0:
         raise OSError("llama.cpp could not write its state")
     return n_bytes
@@ -295,8 +362,8 @@ def check_state(ctx: int, read: Callable[[memoryview], None], n_bytes: int, n_to
         It is no whole state of this model with so many tokens, or a key or a value is no number of a sane size.
     """
     error = ctypes.create_string_buffer(128)
-    with _moving(read) as fn:
-        if not kvcast_check_state(ctx, fn, None, n_bytes, n_tokens, error, len(error)):
+    with _moving(read) as (fn, user):
+        if not kvcast_check_state(ctx, fn, user, n_bytes, n_tokens, error, len(error)):
             raise StateRefused(error.value.decode())
 
 
@@ -309,26 +376,32 @@ def read_state(ctx: int, read: Callable[[memoryview], None], n_bytes: int) -> No
         It is another one meanwhile; this, and whatever ``read`` raises, leaves the context empty.
     """
     error = ctypes.create_string_buffer(128)
-    with quiet(), _moving(read) as fn:
-        if not kvcast_read_state(ctx, fn, None, n_bytes, error, len(error)):
+    with quiet(), _moving(read) as (fn, user):
+        if not kvcast_read_state(ctx, fn, user, n_bytes, error, len(error)):
             raise StateRefused(error.value.decode())
 
 
+class _IoCall(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("n_bytes", ctypes.c_int64)]
+
+
 @contextlib.contextmanager
-def _moving(move: Callable[[memoryview], None]) -> Iterator[Any]:
-    """``move`` as a ``kvcast_io``; what it raises must not pass through native code and is raised when that has returned."""
+def _moving(move: Callable[[memoryview], None]) -> Iterator[tuple[Any, ctypes.c_void_p]]:
+    """``move`` as a ``kvcast_io`` and its user; what it raises must not pass through native code and is raised when that has returned."""
     raised: list[BaseException] = []
 
-    def fn(_user, address: int, n_bytes: int) -> int:
-        try:
-            move(memoryview((ctypes.c_uint8 * n_bytes).from_address(address)).cast("B"))
-            return n_bytes
-        except BaseException as error:  # noqa: BLE001 - see above
-            raised.append(error)
-            return -1
+    def work(address: int) -> int:
+        call = _IoCall.from_address(address)
+        move(memoryview((ctypes.c_uint8 * call.n_bytes).from_address(call.data)).cast("B"))
+        return call.n_bytes
 
+    def failed(error: BaseException) -> int:
+        raised.append(error)
+        return -1
+
+    callback = _by_one(work, failed)
     try:
-        yield kvcast_io(fn)
+        yield _io_by_one, ctypes.cast(callback, ctypes.c_void_p)
     finally:
         if raised:
             raise raised[0]
@@ -557,10 +630,18 @@ class Attached:
         """Whether an attention callback is set."""
         return bool(self._callback)
 
-    def set_attention_callback(self, fn: Callable[..., int] | int | None) -> None:
-        """``fn(user, layer, pos, scores, n_taps, n_head_kv, stride)`` or its address, as in kvcast.h; None removes it."""
-        callback = attention_callback(fn) if fn is not None else attention_callback()
-        kvcast_set_attention_callback(self._kv, callback, None)
+    def set_attention_callback(
+        self, fn: Callable[[AttentionCall], int] | int | None, failed: Callable[[BaseException], int] = lambda error: 1
+    ) -> None:
+        """Call ``fn``, or what lies at its address, as in kvcast.h; None removes it. ``failed`` gets what it raised, or a signal handler
+        as it began, and says what native code is to get, 0 to go on."""
+        if fn is None or isinstance(fn, int):
+            callback = attention_callback(fn) if fn is not None else attention_callback()
+            kvcast_set_attention_callback(self._kv, callback, None)
+        else:
+            function = fn
+            callback = _by_one(lambda address: function(AttentionCall.from_address(address)), failed)
+            kvcast_set_attention_callback(self._kv, _attention_by_one, ctypes.cast(callback, ctypes.c_void_p))
         self._callback = callback  # keeps it alive while native code may call it
 
     def index_of(self, layer: int) -> int:

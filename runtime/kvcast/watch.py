@@ -14,7 +14,7 @@ def _answers(raised: list[BaseException]) -> Generator[int, None, None]:
     handler raises at the first line of a function would be lost in the native code that called it."""
     while True:
         try:
-            yield 0 if raised else 1
+            yield 0 if raised or native.is_lost() else 1
         except GeneratorExit:
             return
         except BaseException as error:  # noqa: BLE001 - ``take_raised`` brings it to where Python goes on
@@ -48,7 +48,9 @@ class Watch:
 
     def take_raised(self) -> BaseException | None:
         """What a signal handler raised meanwhile, once."""
-        return self._raised.pop() if self._raised else None
+        if self._raised:
+            return self._raised.pop()
+        return native.take_lost()
 
     def over_loading(self, params: llama_cpp.llama_model_params) -> None:
         """Ask while a model is loaded with these parameters."""

@@ -116,6 +116,28 @@ LLAMA_API void kvcast_watch_stop(struct kvcast_watch * watch, int32_t stop);
 // For llama_set_abort_callback and for llama_model_params.progress_callback, with the watch as their data.
 LLAMA_API bool kvcast_watch_stops(void * watch);
 LLAMA_API bool kvcast_watch_goes_on(float progress, void * watch);
+// Callbacks for a callee that takes one argument: they call user, an int64_t (*)(const void * call), with what they were called with.
+// Python's own functions lose what a signal handler raises as they begin; a generator's send does not, and takes one argument.
+struct kvcast_log_call {
+    int32_t      level;
+    const char * text;
+};
+struct kvcast_attention_call {
+    int32_t       layer;
+    int32_t       pos;
+    const float * scores;
+    int32_t       n_taps;
+    int32_t       n_head_kv;
+    int32_t       stride;
+};
+struct kvcast_io_call {
+    void *  data;
+    int64_t n_bytes;
+};
+LLAMA_API void kvcast_log_by_one(enum ggml_log_level level, const char * text, void * user);
+LLAMA_API int  kvcast_attention_by_one(void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps, int32_t n_head_kv,
+                                       int32_t stride);
+LLAMA_API int64_t kvcast_io_by_one(void * user, void * data, int64_t n_bytes);
 // Lets a kvcast context ask a watch between two nodes, too; NULL: none.
 LLAMA_API void kvcast_set_watch(struct kvcast_context * kv, struct kvcast_watch * watch);
 

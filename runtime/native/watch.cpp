@@ -4,6 +4,7 @@
 #include "ggml.h"
 
 #include <atomic>
+#include <mutex>
 
 static constexpr int64_t POLL_US = 200000; // a poll may have to wait for Python's lock
 
@@ -33,6 +34,26 @@ bool kvcast_watch_stops(void * data) {
     }
     watch.polled_us = now;
     return watch.poll() == 0;
+}
+
+using one_argument = int64_t (*)(const void * call);
+
+void kvcast_log_by_one(ggml_log_level level, const char * text, void * user) {
+    static std::recursive_mutex mutex; // a generator takes one call at a time
+    const std::lock_guard<std::recursive_mutex> lock(mutex);
+    const kvcast_log_call call{level, text};
+    reinterpret_cast<one_argument>(user)(&call);
+}
+
+int kvcast_attention_by_one(void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps, int32_t n_head_kv,
+                            int32_t stride) {
+    const kvcast_attention_call call{layer, pos, scores, n_taps, n_head_kv, stride};
+    return static_cast<int>(reinterpret_cast<one_argument>(user)(&call));
+}
+
+int64_t kvcast_io_by_one(void * user, void * data, int64_t n_bytes) {
+    const kvcast_io_call call{data, n_bytes};
+    return reinterpret_cast<one_argument>(user)(&call);
 }
 
 bool kvcast_watch_goes_on(float /*progress*/, void * watch) { return !kvcast_watch_stops(watch); }
