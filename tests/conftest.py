@@ -9,6 +9,7 @@ import pytest
 
 import kvcast
 from kvcast import models
+from small import write_first_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -17,6 +18,12 @@ DATA = ROOT / "tests" / "data"
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     return models.resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def small(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2's first four layers of 30: what a test needs of a real model that does not look at what is answered."""
+    return write_first_layers(smollm2, tmp_path_factory.mktemp("small") / "small.gguf", 4)
 
 
 @pytest.fixture(scope="session")

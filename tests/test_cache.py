@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import stat
@@ -23,12 +24,12 @@ SHARED = dict(n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False)
 
 
 @pytest.fixture(params=["sparse", "dense"])
-def load(request, smollm2):
+def load(request, small):
     made = []
 
     def make(**more):
         config = {"sparse": SparseConfig(budget=256)} if request.param == "sparse" else {"flash_attn": True}
-        made.append(Llama(smollm2, **{**SHARED, **config, **more}))
+        made.append(Llama(small, **{**SHARED, **config, **more}))
         return made[-1]
 
     yield make
@@ -116,8 +117,8 @@ def test_a_conversation_says_whether_it_was_kept(load, code, tmp_path):
     assert answers[0] and cache.entries()[0].title == "code"
 
 
-def test_reading_can_be_stopped_quietly(smollm2, code, capfd):
-    llm = Llama(smollm2, sparse=SparseConfig(budget=256), **SHARED)
+def test_reading_can_be_stopped_quietly(small, code, capfd):
+    llm = Llama(small, sparse=SparseConfig(budget=256), **SHARED)
     conversation = Conversation(llm, code[:4000])
     llm.session.on_progress = lambda *_: conversation.stop()
     with pytest.raises(GenerationError):
@@ -129,7 +130,7 @@ def test_reading_can_be_stopped_quietly(smollm2, code, capfd):
     llm.close()
 
 
-def test_chat_opens_a_document_again(smollm2, code, tmp_path):
+def test_chat_opens_a_document_again(small, code, tmp_path):
     document = tmp_path / "[bold]code.txt"
     document.write_text(code[:4000])
     command = [
@@ -138,7 +139,7 @@ def test_chat_opens_a_document_again(smollm2, code, tmp_path):
         "kvcast.cli",
         "chat",
         "-m",
-        str(smollm2),
+        str(small),
         "-f",
         str(document),
         "--context",
@@ -262,16 +263,24 @@ def test_when_files_run_out(folder, tiny):
     ours = names(folder.folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
+
+    def leave(n_free):
+        gc.collect()  # of tests before this one
         with contextlib.suppress(OSError):
             while True:
                 held.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(n_free):
+            os.close(held.pop())
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        leave(0)
         assert not folder.load(tiny, [5] * 520)
         with pytest.raises(KvcastError, match=r"cannot be listed .*Too many open files"):
             folder.entries()
-        os.close(held.pop())  # one file at a time
+        leave(1)  # one file at a time
         assert len(folder.entries()) == 2
+        leave(1)
         with pytest.raises(KvcastError, match="Too many open files"):
             folder.save(tiny, [5] * 540, "x")
     finally:

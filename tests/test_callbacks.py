@@ -14,8 +14,8 @@ from kvcast import CallbackError, Llama, SparseConfig
 
 
 @pytest.fixture
-def llm(smollm2):
-    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256, trace=True), n_threads=2, n_threads_batch=2, verbose=False)
+def llm(small):
+    llm = Llama(small, n_ctx=1024, sparse=SparseConfig(budget=256, trace=True), n_threads=2, n_threads_batch=2, verbose=False)
     yield llm
     llm.close()
 
@@ -28,8 +28,8 @@ def test_kv_is_reported_once_when_a_block_is_complete(llm, code):
     llm.eval(tokens[:500])
     for token in tokens[500:530]:
         llm.eval([token])
-    assert [(layer, block) for layer, block, *_ in seen] == [(layer, block) for block in range(33) for layer in range(30)]
-    for layer, block, k, v in seen[:: 30 * 7]:
+    assert [(layer, block) for layer, block, *_ in seen] == [(layer, block) for block in range(33) for layer in range(4)]
+    for layer, block, k, v in seen[:: 4 * 7]:
         assert k.shape == v.shape == (16, 3, 64) and k.dtype == np.float16
         stored = llm.session.attached.rows_of(layer, 16 * block, 16 * block + 16)
         assert (stored[0] == k).all() and (stored[1] == v).all()
@@ -77,8 +77,8 @@ def test_compiled_callbacks_by_address(llm, code):
     llm.eval(tokens[:300])
     for token in tokens[300:310]:
         llm.eval([token])
-    assert counts[0] == 30 * 11  # a history batch and 10 steps
-    assert counts[1] == 30 * (310 // 16) * llm.session.attached.info.k_row_bytes
+    assert counts[0] == 4 * 11  # a history batch and 10 steps
+    assert counts[1] == 4 * (310 // 16) * llm.session.attached.info.k_row_bytes
     llm.on_kv(ctypes.cast(_failing, ctypes.c_void_p).value)
     with pytest.raises(CallbackError, match="returned 7"):
         llm.eval(tokens[310:330])
@@ -104,7 +104,7 @@ def test_exact_rows_agree_with_the_block_scores(llm, code):
         llm.attention_row(0)
     llm.eval(tokens[:500])
     info = llm.session.attached.info
-    for layer in (0, 17):
+    for layer in (0, 3):
         row = llm.attention_row(layer)
         assert row.shape == (9, 500)
         blocks = np.add.reduceat(row, np.arange(0, 500, 16), axis=1).reshape(3, 3, -1).mean(1)
@@ -112,16 +112,16 @@ def test_exact_rows_agree_with_the_block_scores(llm, code):
             blocks, llm.session.attached.history_scores[layer, llm.session.n_history_taps - 1, :, :32], rtol=2e-3, atol=1e-6
         )
     llm.eval([tokens[500]])
-    row = llm.attention_row(5)
+    row = llm.attention_row(2)
     assert row.shape == (info.n_head, 501)
-    n, blocks = llm.session.n_attended.reshape(30, 3)[5, 1], llm.session.attached.blocks[5, 1]
+    n, blocks = llm.session.n_attended.reshape(4, 3)[2, 1], llm.session.attached.blocks[2, 1]
     held = np.isin(np.arange(501) // 16, blocks[:n])
     expected = [row[h, np.arange(501) // 16 == blocks[0]].sum() / row[h, held].sum() for h in range(3, 6)]
-    np.testing.assert_allclose(llm.session.attached.scores[5, 1, 0], np.mean(expected), rtol=2e-3)
+    np.testing.assert_allclose(llm.session.attached.scores[2, 1, 0], np.mean(expected), rtol=2e-3)
 
 
-def test_rows_need_queries(smollm2):
-    llm = Llama(smollm2, n_ctx=512, sparse=SparseConfig(budget=256), verbose=False)
+def test_rows_need_queries(small):
+    llm = Llama(small, n_ctx=512, sparse=SparseConfig(budget=256), verbose=False)
     with pytest.raises(ValueError, match="trace=True"):
         llm.attention_row(0)
     llm.close()

@@ -22,11 +22,11 @@ def agree(sparse, dense, bound):
 
 
 @pytest.mark.parametrize("path", ["host", "device"])
-def test_50_random_edits(smollm2, code, path):
+def test_50_random_edits(small, code, path):
     rng = np.random.default_rng(7)
     make = {"n_ctx": 1536, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
-    sparse = Llama(smollm2, sparse=SparseConfig(budget=1536, path=path), **make)
-    dense = Llama(smollm2, flash_attn=True, offload_kqv=False, **make)
+    sparse = Llama(small, sparse=SparseConfig(budget=1536, path=path), **make)
+    dense = Llama(small, flash_attn=True, offload_kqv=False, **make)
     text = sparse.tokenize(code.encode())
     both = (sparse, dense)
 
@@ -76,8 +76,8 @@ def test_50_random_edits(smollm2, code, path):
 
 
 @pytest.mark.sanitize
-def test_edits_drop_what_is_known_past_the_cut(smollm2, code):
-    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
+def test_edits_drop_what_is_known_past_the_cut(small, code):
+    llm = Llama(small, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:800])
     for token in tokens[800:820]:
@@ -94,8 +94,8 @@ def test_edits_drop_what_is_known_past_the_cut(smollm2, code):
 
 
 @pytest.mark.sanitize
-def test_history_is_made_again_after_a_load(smollm2, code):
-    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
+def test_history_is_made_again_after_a_load(small, code):
+    llm = Llama(small, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:700])
     state = llm.save_state()
@@ -115,9 +115,9 @@ def test_history_is_made_again_after_a_load(smollm2, code):
 @pytest.mark.parametrize(
     "config", [SparseConfig(budget=160), SparseConfig(budget=256, path="device"), None], ids=["host", "device", "dense"]
 )
-def test_context_full_is_an_error_and_keeps_the_session(smollm2, code, config):
+def test_context_full_is_an_error_and_keeps_the_session(small, code, config):
     """Never a token from beyond it: see docs/limits.md."""
-    llm = Llama(smollm2, n_ctx=256, sparse=config, n_threads=2, verbose=False)
+    llm = Llama(small, n_ctx=256, sparse=config, n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     full = GenerationError if config else RuntimeError
     llm.eval(tokens[:256])
@@ -175,8 +175,8 @@ def test_caches_of_llama_cpp_python(smollm2, code, tmp_path, monkeypatch, kind, 
 
 
 @pytest.mark.sanitize
-def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
-    llm = Llama(smollm2, n_ctx=512, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+def test_a_bad_list_stops_the_step_and_nothing_is_lost(small, code):
+    llm = Llama(small, n_ctx=512, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:300])
     llm.eval([tokens[300]])
@@ -201,10 +201,10 @@ def test_a_bad_list_stops_the_step_and_nothing_is_lost(smollm2, code):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("path", ["host", "device"])
-def test_interrupt_keeps_the_session(smollm2, code, path):
+def test_interrupt_keeps_the_session(small, code, path):
     """An abort between two nodes, at every kind of step, then on as if nothing had been."""
     make = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
-    llm, other = (Llama(smollm2, sparse=SparseConfig(budget=2048, path=path), **make) for _ in range(2))
+    llm, other = (Llama(small, sparse=SparseConfig(budget=2048, path=path), **make) for _ in range(2))
     tokens = llm.tokenize(code.encode())
     for x in (llm, other):
         x.eval(tokens[:600])

@@ -21,9 +21,9 @@ def test_faults(kind):
 
 
 @pytest.mark.parametrize("sparse", [None, SparseConfig(budget=256)], ids=["dense", "sparse"])
-def test_two_threads_with_one_model(smollm2, code, sparse):
+def test_two_threads_with_one_model(small, code, sparse):
     """The second is refused while the first evaluates, and the first is not disturbed."""
-    llm = Llama(smollm2, n_ctx=1024, sparse=sparse, n_threads=2, n_threads_batch=2, verbose=False)
+    llm = Llama(small, n_ctx=1024, sparse=sparse, n_threads=2, n_threads_batch=2, verbose=False)
     tokens = llm.tokenize(code.encode())[:700]
     first = threading.Thread(target=llm.eval, args=(tokens,))
     first.start()
@@ -37,10 +37,10 @@ def test_two_threads_with_one_model(smollm2, code, sparse):
     llm.close()
 
 
-def test_two_models_interrupted_leave_llama_cpp_as_loud_as_before(smollm2):
+def test_two_models_interrupted_leave_llama_cpp_as_loud_as_before(small):
     from llama_cpp import _logger
 
-    models = [Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False) for _ in range(2)]
+    models = [Llama(small, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False) for _ in range(2)]
     before = _logger.logger.level
     for llm in models:
         llm.interrupt()
@@ -51,8 +51,8 @@ def test_two_models_interrupted_leave_llama_cpp_as_loud_as_before(smollm2):
         llm.close()
 
 
-def test_an_interrupt_between_two_steps_stops_the_next(smollm2):
-    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+def test_an_interrupt_between_two_steps_stops_the_next(small):
+    llm = Llama(small, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
     llm.interrupt()  # nothing runs: nothing is stopped
     generating = llm.generate([1, 2, 3])
     next(generating)
@@ -63,8 +63,8 @@ def test_an_interrupt_between_two_steps_stops_the_next(smollm2):
     llm.close()
 
 
-def test_closed_is_closed(smollm2):
-    llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
+def test_closed_is_closed(small):
+    llm = Llama(small, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False)
     generating = llm.generate([1, 2, 3])
     next(generating)
     llm.on_attention(lambda *_: llm.close())  # in the middle of a step, from one of its threads

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_all_pass_but_those_that_need_a_download(folder, smollm2, kind):
+def test_all_pass_but_those_that_need_a_download(folder, small, kind):
     out = folder / f"{kind}.xml"
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -57,8 +57,8 @@ print("fine")
 """
 
 
-def test_an_address_space_that_is_full(smollm2, tmp_path):
-    command = [sys.executable, "-c", LIMITED, str(smollm2), str(DATA / "code.txt"), str(tmp_path)]
+def test_an_address_space_that_is_full(small, tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(small), str(DATA / "code.txt"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("fine\n"), done.stderr
 
@@ -68,10 +68,10 @@ def no_memory(*_, **__):
 
 
 @pytest.mark.parametrize("path", ["host", "device"])
-def test_allocations_that_fail_in_python(smollm2, code, tmp_path, monkeypatch, path):
+def test_allocations_that_fail_in_python(small, code, tmp_path, monkeypatch, path):
     config = SparseConfig(budget=256, path=path)
     shared = dict(n_ctx=768, n_threads=2, n_threads_batch=2, verbose=False)
-    llm, other = (Llama(smollm2, sparse=config, **shared) for _ in range(2))
+    llm, other = (Llama(small, sparse=config, **shared) for _ in range(2))
     tokens = llm.tokenize(code.encode())
     for x in (llm, other):
         x.eval(tokens[:600])
@@ -81,7 +81,7 @@ def test_allocations_that_fail_in_python(smollm2, code, tmp_path, monkeypatch, p
     with monkeypatch.context() as m:
         m.setattr(session, "History", no_memory)
         with pytest.raises(ModelError, match="memory ran out beside the KV cache of 512 tokens"):
-            Llama(smollm2, sparse=config, **{**shared, "n_ctx": 512})
+            Llama(small, sparse=config, **{**shared, "n_ctx": 512})
     with monkeypatch.context() as m:
         m.setattr(session.History, "keep_steps", no_memory)
         before = llm.session.predictor

@@ -84,9 +84,9 @@ def test_scores_against_numpy(name, kind, request, code, kernels):
     llm.close()
 
 
-def test_layer_0_against_llama_cpp_softmax(smollm2, code):
+def test_layer_0_against_llama_cpp_softmax(small, code):
     """Flash attention off, llama.cpp's own softmax of layer 0, pooled by block."""
-    llm = Llama(smollm2, n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2)
+    llm = Llama(small, n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2)
     tokens = llm.tokenize(code.encode())[:700]
     attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
     info = attached.info
@@ -96,7 +96,7 @@ def test_layer_0_against_llama_cpp_softmax(smollm2, code):
     ours = attached.trace_scores[0, 0].copy()
 
     seen = {}
-    context = Context(smollm2, 1024, flash_attn=False, names=("kq_soft_max-0",), watch=lambda name, x: seen.__setitem__(name, x))
+    context = Context(small, 1024, flash_attn=False, names=("kq_soft_max-0",), watch=lambda name, x: seen.__setitem__(name, x))
     for i in range(0, 650, 512):
         context.decode(tokens[i : min(i + 512, 650)])
     context.decode(tokens[650:651])
@@ -110,8 +110,8 @@ def test_layer_0_against_llama_cpp_softmax(smollm2, code):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 3, 7])
-def test_any_number_of_threads(smollm2, code, n_threads):
-    llm = Llama(smollm2, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)
+def test_any_number_of_threads(small, code, n_threads):
+    llm = Llama(small, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)
     tokens = llm.tokenize(code.encode())[:400]
     attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
     llm.eval(tokens[:399])

@@ -118,13 +118,13 @@ def test_logits_of_all_tokens_where_they_are_asked_for(load):
         load().create_completion(COUNTING, max_tokens=2, logprobs=1)
 
 
-def test_the_server_takes_a_draft_model(smollm2):
+def test_the_server_takes_a_draft_model(small):
     from kvcast.server.proxy import Proxy
     from kvcast.server.settings import ModelSettings
 
     said = []
     for draft in ({}, {"draft_model": "prompt-lookup-decoding", "draft_model_num_pred_tokens": 5}):
-        proxy = Proxy([ModelSettings(model=str(smollm2), n_ctx=512, n_threads=2, sparse=SparseConfig(budget=512), **draft)], None)
+        proxy = Proxy([ModelSettings(model=str(small), n_ctx=512, n_threads=2, sparse=SparseConfig(budget=512), **draft)], None)
         llm = proxy()
         assert (llm.draft_model is not None) == bool(draft)
         said.append(llm.create_completion(COUNTING[:600], max_tokens=20, temperature=0.0)["choices"][0]["text"])

@@ -82,8 +82,8 @@ def test_choice_against_numpy(name, kind, request, code, kernels):  # noqa: F811
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 5])
-def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
-    llm, attached, tokens, _ = attach(smollm2, code, F16, n_threads)
+def test_steady_rows_pause_and_keep_their_choice(small, code, n_threads):
+    llm, attached, tokens, _ = attach(small, code, F16, n_threads)
     attached.blocks[..., :2] = [0, 62]
     attached.n_listed[:], attached.n_free[:] = 2, 5
     attached.set_free_range(1, 60)
@@ -109,8 +109,8 @@ def test_steady_rows_pause_and_keep_their_choice(smollm2, code, n_threads):
 
 
 @pytest.mark.sanitize
-def test_an_impossible_choice_stops_the_step(smollm2, code):
-    llm = Llama(smollm2, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
+def test_an_impossible_choice_stops_the_step(small, code):
+    llm = Llama(small, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:600])
     place = llm.session._place_set
@@ -128,11 +128,11 @@ def test_an_impossible_choice_stops_the_step(smollm2, code):
     llm.close()
 
 
-def test_edits_drop_the_summary_of_what_was_edited(smollm2, code, prose):
+def test_edits_drop_the_summary_of_what_was_edited(small, code, prose):
     """The same text reached by another way is summarised alike: the same steps follow."""
     found = []
     for detour in (False, True):
-        llm = Llama(smollm2, n_ctx=2048, sparse=SparseConfig(budget=256, predictor="ema"), n_threads=2, verbose=False)
+        llm = Llama(small, n_ctx=2048, sparse=SparseConfig(budget=256, predictor="ema"), n_threads=2, verbose=False)
         tokens, other = llm.tokenize(code.encode()), llm.tokenize(prose.encode())
         if detour:
             llm.eval(tokens[:1000])

@@ -98,7 +98,12 @@ def _plain_log(level: int, text: bytes) -> None:
         print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
 
 
-_log_by_one = _by_one(_log, lambda error: _lost.append(error) or 0)
+def _log_failed(error: BaseException) -> int:
+    _lost.append(error)
+    return 0
+
+
+_log_by_one = _by_one(_log, _log_failed)
 _native_log = llama_cpp.llama_log_callback(("kvcast_log_by_one", llama_cpp._lib))
 llama_cpp.llama_log_set(_native_log, ctypes.cast(_log_by_one, ctypes.c_void_p))
 
