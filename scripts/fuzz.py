@@ -4,6 +4,7 @@ gguf        GGUF headers: kvcast's own check, `kvcast inspect`, llama.cpp
 predictor   networks, by ONNX Runtime and by what follows a prediction, and their cards
 session     documents on disk
 server      requests to `kvcast serve`
+grammar     grammars and JSON schemas, followed by a model that says anything
 
 A case is made from the seed and its number. The input of one that crashes, hangs or ends in an exception that is not kvcast's own is
 kept in --out; --repeat FILE runs it again in this process.
@@ -17,14 +18,15 @@ import time
 from pathlib import Path
 
 from fuzzing.gguf_file import GgufHeader
+from fuzzing.grammar import Grammar
 from fuzzing.harness import fuzz
 from fuzzing.predictor import Predictor
 from fuzzing.server import Server
 from fuzzing.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
-SURFACES = {"gguf": GgufHeader, "predictor": Predictor, "session": Session, "server": Server}
-N_CASES = {"gguf": 40000, "predictor": 30000, "session": 20000, "server": 30000}
+SURFACES = {"gguf": GgufHeader, "predictor": Predictor, "session": Session, "server": Server, "grammar": Grammar}
+N_CASES = {"gguf": 60000, "predictor": 60000, "session": 40000, "server": 60000, "grammar": 80000}
 
 
 def main() -> int:

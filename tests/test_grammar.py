@@ -183,6 +183,14 @@ def test_schemas_that_work(llm, name):
             jsonschema.validate(json.loads(text), schema)
 
 
+def test_strings_hold_no_control_characters(llm):
+    """llama-cpp-python's own rule lets them pass, which no parser takes."""
+    text = grammar_of_schema({"type": "string", "minLength": 300})
+    for seed in range(3):
+        answer, _ = said(llm, LlamaGrammar.from_string(text, verbose=False), seed=seed)
+        assert min(map(ord, answer)) >= 32
+
+
 @pytest.mark.parametrize("name", REFUSED_SCHEMAS)
 def test_schemas_that_are_refused(llm, name):
     form = {"type": "json_object", "schema": REFUSED_SCHEMAS[name]}

@@ -23,7 +23,7 @@ def run(script, *arguments):
     return subprocess.run([sys.executable, SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("surface", "n_cases"), [("gguf", 300), ("predictor", 300), ("session", 40), ("server", 500)])
+@pytest.mark.parametrize(("surface", "n_cases"), [("gguf", 300), ("predictor", 300), ("session", 40), ("server", 500), ("grammar", 200)])
 def test_odd_input(surface, n_cases, tmp_path):
     done = run("fuzz.py", "--surface", surface, "--cases", n_cases, "--out", tmp_path)
     assert done.returncode == 0 and f"{n_cases} cases" in done.stdout, done.stdout + done.stderr

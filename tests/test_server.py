@@ -330,6 +330,8 @@ def test_configuration(tmp_path, smollm2):
         ("f.yaml", "api_key:\nmodels: [{model: smollm2}]", ["api_key is empty"]),
         ("g.yaml", "models: [{model: smollm2, cache_type: disk}]", ["cache_type", "use ram"]),
         ("h.yaml", "bounds: {body_byte: 5}\nmodels: [{model: smollm2}]", ["bounds.body_byte", "did you mean 'body_bytes'"]),
+        ("j.yaml", "models: [{model: smollm2, limits: {grammar_byte: 5}}]", ["limits", "did you mean 'grammar_bytes'"]),
+        ("k.yaml", "models: [{model: smollm2, limits: {grammar_bytes: 0}}]", ["limits", "grammar_bytes is 0"]),
         ("i.yaml", "bounds: {queue: -1}\nmodels: [{model: smollm2}]", ["bounds.queue is -1"]),
     ):
         (tmp_path / name).write_text(text)

@@ -465,6 +465,9 @@ def _check_ways(rules: dict[str, Rule], empty: set[str], order: list[str], n_mos
 
 # ---- JSON schemas
 
+# of a string in JSON; llama-cpp-python's lets control characters pass, which no JSON parser takes
+STRING_CHARACTER = r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})'
+
 
 def grammar_of_schema(schema: Any, limits: Limits | None = None) -> str:
     """The grammar of the JSON texts that a schema describes, as llama-cpp-python converts it.
@@ -588,6 +591,8 @@ def _repetition(item: str, least: int, most: int | None, separator_rule: str | N
 def use_in(module: Any) -> None:
     """Let llama-cpp-python's chat formats convert schemas through here, too."""
     module._build_repetition = _repetition
+    if hasattr(module, "PRIMITIVE_RULES"):
+        module.PRIMITIVE_RULES["char"] = module.BuiltinRule(STRING_CHARACTER, [])
     module.json_schema_to_gbnf = _schema_to_gbnf
 
 

@@ -106,7 +106,7 @@ class Proxy(LlamaProxy):
             given["draft_model"] = LlamaPromptLookupDecoding(num_pred_tokens=settings.draft_model_num_pred_tokens)
         if settings.kv_overrides is not None:
             given["kv_overrides"] = dict(_override(text) for text in settings.kv_overrides)
-        llm = ServedLlama(path, sparse=sparse, name=settings.model_alias, documents=self._documents, **given)
+        llm = ServedLlama(path, sparse=sparse, limits=settings.limits, name=settings.model_alias, documents=self._documents, **given)
         for note in notes_on(llm, given["n_ctx"], given):
             self._say(f"{settings.model_alias}: {note}")
         if settings.chat_template_kwargs:

@@ -16,6 +16,7 @@ from .. import models
 from ..config import SparseConfig
 from ..cores import usable_cores
 from ..errors import KvcastError
+from ..limits import Limits
 from .bounds import Bounds
 
 from llama_cpp.server import settings as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
@@ -43,27 +44,30 @@ class _FromFile:
 
 
 class ModelSettings(_FromFile, upstream.ModelSettings):
-    """A model as llama-cpp-python's server describes it, and ``sparse``: the fields of ``SparseConfig``, or null for dense.
+    """A model as llama-cpp-python's server describes it, ``sparse``: the fields of ``SparseConfig``, or null for dense, and ``limits``:
+    those of ``Limits``.
 
     ``model`` is a path or a name from ``kvcast models``. ``n_ctx`` 0 is what the model was trained for, 32,768 at most.
     Only fields that are set are passed on, so that defaults are those of ``kvcast.Llama``.
     """
 
     sparse: SparseConfig | None = Field(default_factory=SparseConfig)
+    limits: Limits = Field(default_factory=Limits)
     n_ctx: int = Field(default=0, ge=0)
     n_threads: int = Field(default_factory=usable_cores, ge=1)
     verbose: bool = False
 
-    @field_validator("sparse", mode="before")
+    @field_validator("sparse", "limits", mode="before")
     @classmethod
-    def _sparse(cls, value: Any) -> Any:
+    def _of_fields(cls, value: Any, info: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        known = list(SparseConfig.__dataclass_fields__)
+        kind = SparseConfig if info.field_name == "sparse" else Limits
+        known = list(kind.__dataclass_fields__)
         for name in value:
             if name not in known:
                 raise ValueError(f"there is no setting {name!r}{_closest(name, known)}")
-        return SparseConfig(**value)
+        return kind(**value)
 
     @field_validator(*REFUSED, "chat_format")
     @classmethod
