@@ -10,7 +10,7 @@ SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* run
 put_python = find $(1)/kvcast -mindepth 1 -maxdepth 1 ! -name lib ! -name _vendor -exec rm -rf {} + && \
     tar -C runtime --exclude=kvcast/lib --exclude=kvcast/_vendor -cf - kvcast | tar -C $(1) -xf - && cp -r predictor_onnx $(1)/
 
-.PHONY: demo test test-installers test-vulkan test-convert wheel soak kills writers faults fuzz attack sanitize lint docs bench patches reference constraints clean
+.PHONY: demo test test-installers test-vulkan test-convert test-long wheel soak kills writers faults fuzz attack sanitize lint docs bench patches reference constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -64,6 +64,10 @@ test-convert: $(VENV)/.installed build/convert/.installed
 build/convert/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade --target build/convert $(TORCH) "transformers>=4.57,<5" safetensors sentencepiece
 	touch $@
+
+# the contracts at 4,096 tokens: a quarter of an hour
+test-long: $(VENV)/.installed reference
+	KVCAST_LONG=1 $(BIN)/python -m pytest tests/test_contract.py
 
 # long runs: half an hour
 soak: $(VENV)/.installed
