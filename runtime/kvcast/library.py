@@ -80,9 +80,10 @@ def use_own_libraries() -> None:
     """
     if not any(LIBRARY_DIR.glob("*llama.*")) or not CARRIED.is_dir():
         raise KvcastError(f"kvcast's libraries are missing in {LIBRARY_DIR}; {REINSTALL}")
-    loaded = sys.modules.get("llama_cpp")
-    if loaded is not None and Path(loaded.__file__ or "").resolve().parent != CARRIED:
-        raise KvcastError("llama_cpp was imported before kvcast and loaded another libllama; import kvcast first")
+    for name in ("llama_cpp", "llama_cpp.llama_cpp"):
+        loaded = sys.modules.get(name)
+        if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve().parent != CARRIED:
+            raise KvcastError("llama_cpp was imported before kvcast and loaded another libllama; import kvcast first")
     if os.environ.get("MTMD_CPP_LIB"):
         raise KvcastError("MTMD_CPP_LIB names a multimodal library with a libllama of its own; unset it, kvcast runs text models only")
     try:
