@@ -27,8 +27,15 @@ def length(i: int, n: int) -> int:
     return N_TOKENS - i % 150 - n
 
 
-def writer(llm: Llama, path: Path, i: int, n_saves: int) -> int:
+def load(model: Path) -> Llama:
+    """A process that was forked has a model of its own."""
+    return Llama(model, n_ctx=256, sparse=SparseConfig(budget=96, predictor="ema", untested=True), n_threads=1, verbose=False)
+
+
+def writer(model: Path, tokens: list[int], path: Path, i: int, n_saves: int) -> int:
     """Exit code: how many saves were refused."""
+    llm = load(model)
+    llm.eval(tokens)
     n_refused = 0
     for n in range(n_saves):
         llm.n_tokens = length(i, n)
@@ -40,8 +47,9 @@ def writer(llm: Llama, path: Path, i: int, n_saves: int) -> int:
     return min(n_refused, 100)
 
 
-def reader(llm: Llama, path: Path, tokens: list[int], until: Path) -> int:
+def reader(model: Path, tokens: list[int], path: Path, until: Path) -> int:
     """Exit code: 0 when every load was a whole session."""
+    llm = load(model)
     n_loads = 0
     while not until.exists() or not n_loads:
         if path.exists():
@@ -67,7 +75,7 @@ def fork(run, *arguments) -> int:
 def main(n_writers: int, n_readers: int, n_saves: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny(Path(folder) / "tiny.gguf", SHAPES["llama"])
-        llm = Llama(model, n_ctx=256, sparse=SparseConfig(budget=96, predictor="ema", untested=True), n_threads=1, verbose=False)
+        llm = load(model)
         tokens = [int(t) for t in np.random.default_rng(0).integers(3, 500, N_TOKENS)]
         llm.eval(tokens)
         there = Path(folder) / "sessions"
@@ -75,21 +83,24 @@ def main(n_writers: int, n_readers: int, n_saves: int) -> None:
         path, done = there / "x", Path(folder) / "done"
         llm.save_session(Path(folder) / "start")  # the model's hash is known now
         begin = time.monotonic()
-        readers = [fork(reader, llm, path, tokens, done) for _ in range(n_readers)]
-        writers = [fork(writer, llm, path, i, n_saves) for i in range(n_writers)]
-        refused = 0
-        for group in (writers, readers):
-            for child in group:
-                while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-                    if time.monotonic() - begin > LIMIT_S:
-                        for c in (*writers, *readers):
-                            os.kill(c, 9)
-                        raise SystemExit("something hangs")
-                    time.sleep(0.01)
-                code = os.waitstatus_to_exitcode(ended[1])
-                assert 0 <= code <= (100 if group is writers else 0), f"a process ended with {code}"
-                refused += code
-            done.touch()
+        readers = [fork(reader, model, tokens, path, done) for _ in range(n_readers)]
+        writers = [fork(writer, model, tokens, path, i, n_saves) for i in range(n_writers)]
+        refused, running = 0, {*readers, *writers}
+        try:
+            for group in (writers, readers):
+                for child in group:
+                    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+                        if time.monotonic() - begin > LIMIT_S:
+                            raise SystemExit("something hangs")
+                        time.sleep(0.01)
+                    running.remove(child)
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    assert 0 <= code <= (100 if group is writers else 0), f"a process ended with {code}"
+                    refused += code
+                done.touch()
+        finally:
+            for child in running:
+                os.kill(child, 9)
         about = llm.load_session(path)
         assert about["save"] == n_saves - 1 and llm.input_ids[: llm.n_tokens].tolist() == tokens[: llm.n_tokens]
         assert llm.n_tokens == length(about["writer"], about["save"])
