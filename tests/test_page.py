@@ -44,7 +44,7 @@ def browser():
 @pytest.fixture
 def page(served, browser):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(90_000)
     requests, problems = [], []
     page.on("request", lambda request: requests.append(request.url))
     own = "Failed to load resource"  # Chromium's note on a status that the page speaks of itself
