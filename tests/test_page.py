@@ -24,6 +24,7 @@ ARGUMENTS = [
     "--no-first-run",
 ]
 ANSWER = "article.assistant"
+ANSWERED_MS = 90_000  # of a machine that does other things, too
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def browser():
 @pytest.fixture
 def page(served, browser):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.set_default_timeout(90_000)
+    page.set_default_timeout(ANSWERED_MS)
     requests, problems = [], []
     page.on("request", lambda request: requests.append(request.url))
     own = "Failed to load resource"  # Chromium's note on a status that the page speaks of itself
@@ -149,12 +150,13 @@ def test_screens(served, browser, code, tmp_path):
     out = Path("out")
     out.mkdir(exist_ok=True)
     page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(ANSWERED_MS)
     page.add_init_script("localStorage.setItem('kvcast.key', 'secret')")
     page.goto(served.url)
     (tmp_path / "code.py").write_text(code[:4000])
     page.locator("#file").set_input_files(tmp_path / "code.py")
     ask(page, "What does this program do?")
-    expect(page.locator(ANSWER)).to_contain_text(re.compile(".{400}", re.DOTALL))
+    expect(page.locator(ANSWER)).to_contain_text(re.compile(".{400}", re.DOTALL), timeout=ANSWERED_MS)
     page.get_by_role("button", name="Stop").click()
     answered(page)
     page.locator("#attended").click(position={"x": 150, "y": 40})

@@ -57,8 +57,8 @@ print("fine")
 """
 
 
-def test_an_address_space_that_is_full(small, tmp_path):
-    command = [sys.executable, "-c", LIMITED, str(small), str(DATA / "code.txt"), str(tmp_path)]
+def test_an_address_space_that_is_full(smollm2, tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(smollm2), str(DATA / "code.txt"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("fine\n"), done.stderr
 

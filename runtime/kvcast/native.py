@@ -5,6 +5,7 @@ Arrays are NumPy views of native memory: nothing is copied, and they are valid u
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -106,6 +107,7 @@ def _log_failed(error: BaseException) -> int:
 _log_by_one = _by_one(_log, _log_failed)
 _native_log = llama_cpp.llama_log_callback(("kvcast_log_by_one", llama_cpp._lib))
 llama_cpp.llama_log_set(_native_log, ctypes.cast(_log_by_one, ctypes.c_void_p))
+atexit.register(llama_cpp.llama_log_set, _native_log, ctypes.c_void_p(0))  # what is freed after this says nothing
 
 
 _hush_lock = threading.RLock()  # a signal handler may hush while its thread holds it

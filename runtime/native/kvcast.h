@@ -117,6 +117,7 @@ LLAMA_API void kvcast_watch_stop(struct kvcast_watch * watch, int32_t stop);
 LLAMA_API bool kvcast_watch_stops(void * watch);
 LLAMA_API bool kvcast_watch_goes_on(float progress, void * watch);
 // Callbacks for a callee that takes one argument: they call user, an int64_t (*)(const void * call), with what they were called with.
+// Without a user nothing is called.
 // Python's own functions lose what a signal handler raises as they begin; a generator's send does not, and takes one argument.
 struct kvcast_log_call {
     int32_t      level;

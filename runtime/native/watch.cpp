@@ -39,6 +39,9 @@ bool kvcast_watch_stops(void * data) {
 using one_argument = int64_t (*)(const void * call);
 
 void kvcast_log_by_one(ggml_log_level level, const char * text, void * user) {
+    if (!user) {
+        return;
+    }
     static std::recursive_mutex mutex; // a generator takes one call at a time
     const std::lock_guard<std::recursive_mutex> lock(mutex);
     const kvcast_log_call call{level, text};
