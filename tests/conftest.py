@@ -32,6 +32,12 @@ def qwen() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_qwen(qwen, tmp_path_factory) -> Path:
+    """Qwen's first three layers of 24."""
+    return write_first_layers(qwen, tmp_path_factory.mktemp("small") / "small.gguf", 3)
+
+
+@pytest.fixture(scope="session")
 def gemma3() -> Path:
     return models.resolve("gemma3-270m")
 

@@ -119,7 +119,7 @@ def test_contract_2_budget_over_context(model, dense, differs_by_itself, path):
 
 def test_contract_3_rows_of_the_store(model, dense, path):
     _, tokens, _ = dense
-    n_prompt = 1024
+    n_prompt = 768
     make = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
     stock = Llama(model[1], flash_attn=True, offload_kqv=False, swa_full=False, **make)
     for batch in (tokens[:512], tokens[512 : n_prompt - 64], tokens[n_prompt - 64 : n_prompt]):

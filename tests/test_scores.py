@@ -42,7 +42,7 @@ def kernels(request, monkeypatch):
 
 
 TYPES = {"f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
-CASES = [(name, kind) for name in ("smollm2", "qwen") for kind in TYPES] + [("gemma3", "f16")]
+CASES = [(name, kind) for name in ("small", "small_qwen") for kind in TYPES] + [("gemma3", "f16")]
 
 
 @pytest.mark.sanitize
