@@ -44,8 +44,13 @@ void kvcast_log_by_one(ggml_log_level level, const char * text, void * user) {
     }
     static std::recursive_mutex mutex; // a generator takes one call at a time
     const std::lock_guard<std::recursive_mutex> lock(mutex);
-    const kvcast_log_call call{level, text};
-    reinterpret_cast<one_argument>(user)(&call);
+    static bool inside = false; // what a model says that is freed in the middle of another message
+    if (!inside) {
+        inside = true;
+        const kvcast_log_call call{level, text};
+        reinterpret_cast<one_argument>(user)(&call);
+        inside = false;
+    }
 }
 
 int kvcast_attention_by_one(void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps, int32_t n_head_kv,
