@@ -140,7 +140,7 @@ def test_another_model_or_setting_is_named(saved, unharmed, small, monkeypatch):
         other.close()
     real = session_file.made_with
     monkeypatch.setattr(session_file, "made_with", lambda llm: {**real(llm), "model": [1, "other"]})
-    with pytest.raises(SessionError, match="saved with another model, 'small.gguf"):
+    with pytest.raises(SessionError, match=r"saved with another model, 'small\.gguf"):
         llm.load_session(path)
 
 
