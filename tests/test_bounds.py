@@ -222,7 +222,9 @@ def test_idle_connections_shut_nobody_out(model):
         assert len(established(served)) <= 21
 
 
-def test_an_answer_is_not_given_up_for_idle_connections(model, monkeypatch):
+@pytest.fixture
+def slow(monkeypatch):
+    """An evaluation that begins, and goes on when it is told to: the two events."""
     reading, go_on = threading.Event(), threading.Event()
     real = ServedLlama.eval
 
@@ -232,6 +234,11 @@ def test_an_answer_is_not_given_up_for_idle_connections(model, monkeypatch):
         real(self, tokens)
 
     monkeypatch.setattr(ServedLlama, "eval", eval_when_told)
+    return reading, go_on
+
+
+def test_an_answer_is_not_given_up_for_idle_connections(model, slow):
+    reading, go_on = slow
     with serve([model], bounds=Bounds(connections=4)) as served, contextlib.ExitStack() as stack:
         answers = []
         asking = threading.Thread(target=lambda: answers.append(post(served, CHAT)[0]))
@@ -244,16 +251,8 @@ def test_an_answer_is_not_given_up_for_idle_connections(model, monkeypatch):
         assert answers == [200]
 
 
-def test_the_queue_has_an_end(model, monkeypatch):
-    reading, go_on = threading.Event(), threading.Event()
-    real = ServedLlama.eval
-
-    def eval_when_told(self, tokens):
-        reading.set()
-        assert go_on.wait(20)
-        real(self, tokens)
-
-    monkeypatch.setattr(ServedLlama, "eval", eval_when_told)
+def test_the_queue_has_an_end(model, slow):
+    reading, go_on = slow
     with serve([model], bounds=Bounds(queue=2)) as served:
         answers = []
         asking = [threading.Thread(target=lambda: answers.append(post(served, CHAT)[0])) for _ in range(3)]

@@ -202,6 +202,7 @@ def channels(s):
     return s.llm.session.n_rows * min(max(8, info.head_dim_k // 4), info.head_dim_k)
 
 
+@pytest.mark.sanitize
 def test_the_summary_names_channels_that_there_are(subject):
     """They are indices in the native part."""
     s = subject()
@@ -354,6 +355,7 @@ def test_headers_of_arrays(subject, shape):
 # ---- llama.cpp's state
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("name", "config"), [("llama", SPARSE), ("llama", None), ("gemma3", SPARSE), ("gemma3", None)])
 def test_every_number_of_the_state(subject, name, config):
     """llama.cpp empties its cache first, and takes any position."""
@@ -371,6 +373,7 @@ def test_every_number_of_the_state(subject, name, config):
                 s.refuses(replace(s.parts, state=changed), "damaged")
 
 
+@pytest.mark.sanitize
 def test_states_of_another_length(subject):
     for s in (subject(), subject("gemma3")):
         for n in (0, 1, 4, 11, 12, 100, len(s.parts.state) // 2, len(s.parts.state) - 1):
@@ -380,12 +383,14 @@ def test_states_of_another_length(subject):
         s.refuses(replace(s.parts, state=b"\xff" * len(s.parts.state)), "damaged")
 
 
+@pytest.mark.sanitize
 def test_another_family(subject):
     s = subject()
     state = s.parts.state.replace(b"llama", b"gemma", 1)
     s.refuses(replace(s.parts, state=state), "damaged.*family")
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", [0, 1, 8, 30, 2], ids=["f32", "f16", "q8_0", "bf16", "q4_0"])
 def test_keys_and_values_are_numbers(tmp_path, kind):
     config = SPARSE if kind not in (0,) else None
@@ -409,6 +414,7 @@ def test_keys_and_values_are_numbers(tmp_path, kind):
     llm.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", ["mamba", "lfm2", "lfm2-windows"])
 def test_recurrent_states(tmp_path, kind):
     llm = Llama(write_recurrent(tmp_path / "tiny.gguf", kind), **SHARED)

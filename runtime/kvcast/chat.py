@@ -270,7 +270,7 @@ class Signals:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._tells.close()  # which ends the thread
         if error is None or isinstance(error, (KeyboardInterrupt, OSError)):  # a terminal that is gone fails at every word
             self.check()

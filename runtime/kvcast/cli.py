@@ -195,7 +195,8 @@ def chat(
         conversation = Conversation(llm, document)
         with Signals(conversation.stop) as signals:
             if session is not None:
-                made_with(llm)  # now, while the model's file is the one that was loaded
+                with notes.status("looking at the model's file"):
+                    made_with(llm)  # now, while it is the one that was loaded
                 if session.exists():
                     conversation.resume(session)
                     notes.print(f"opened a conversation of {llm.n_tokens:,} tokens", highlight=False)

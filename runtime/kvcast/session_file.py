@@ -47,6 +47,7 @@ STATE_HEADER = struct.Struct("<III")  # llama.cpp's magic and version, number of
 CHUNK = 1 << 24
 DESCRIPTION_MAX = 1 << 26  # bytes; of a document in the cache a few hundred
 N_BYTES_MAX = 1 << 53
+WORTH_A_LOOK = 1 << 30  # bytes that are read to say more precisely why a file is refused
 REMEDY = "use a copy of it, or start over"
 OF_THE_CACHE = ("rope_", "yarn_", "type_k", "type_v", "flash_attn", "attention_type")  # context parameters that a state depends on
 OF_WINDOWS = ("swa_full", "n_ubatch")  # the same of a model with sliding-window layers
@@ -261,7 +262,7 @@ def _look_through(llm: Llama, file: IO[bytes], path: Path) -> tuple[Meta, npt.ND
     try:
         _check_origin(llm, meta, path)
     except SessionError as error:  # of a description that may be damaged
-        if _checksum(file) != _kept_checksum(file):
+        if end < WORTH_A_LOOK and _checksum(file) != _kept_checksum(file):
             raise _damaged(path, "its checksum does not match") from error
         raise
     if STATE_HEADER.size + 4 * meta.n_tokens + meta.n_state + meta.n_arrays != end:
