@@ -2,14 +2,17 @@
 
 import contextlib
 import gc
+import io
+import os
 import signal
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from kvcast import GenerationError, Llama, SparseConfig
+from kvcast import GenerationError, Llama, SparseConfig, native
 from shapes import write_shape
 from test_contract import logits_of
 from tiny import N_VOCAB, SHAPES, write_tiny
@@ -151,6 +154,15 @@ def test_no_signal_is_lost_in_what_llama_cpp_says(file, capfd, verbose):
             n_raised += 1
     assert n_raised == 12
     assert "ignored" not in capfd.readouterr().err
+
+
+def test_messages_that_nobody_can_read_are_no_error(monkeypatch):
+    for broken in (open(os.devnull), io.TextIOWrapper(io.BytesIO(), encoding="ascii"), None):
+        monkeypatch.setattr(sys, "stderr", broken)
+        native._plain_log(3, "é\n".encode())
+        if broken is not None:
+            broken.close()
+            native._plain_log(3, b"x\n")
 
 
 @pytest.mark.parametrize("path", ["host", "device"])

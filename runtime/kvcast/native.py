@@ -96,7 +96,11 @@ def _log(address: int) -> int:
 def _plain_log(level: int, text: bytes) -> None:
     """llama.cpp quotes names from files; what a terminal would obey does not reach it."""
     if _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
-        print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
+        try:
+            print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
+        except (OSError, ValueError) as error:  # nobody can read it
+            if isinstance(error, TimeoutError):  # of a signal handler
+                raise
 
 
 def _log_failed(error: BaseException) -> int:
