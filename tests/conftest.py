@@ -1,9 +1,14 @@
 """Models and documents for the tests. Models are fetched once into the user's cache."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+# what was started in the background, or with nohup, ignores them, and so would every process that a test starts
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 import pytest
 
