@@ -5,10 +5,6 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-# what was started in the background, or with nohup, ignores them, and so would every process that a test starts
-for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
-    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, usual)
 
 import pytest
 
@@ -18,6 +14,11 @@ from small import write_first_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+
+# what was started in the background, or with nohup, ignores them, and so would every process that a test starts
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")
