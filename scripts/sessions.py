@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import random
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import numpy as np
 import psutil
 
@@ -23,6 +23,9 @@ import kvcast
 from kvcast import Llama, SparseConfig, models
 from kvcast.cores import usable_cores
 from kvcast.native import Attached, llama_cpp
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from small import first_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [ROOT / "scripts/demo.txt", *sorted((ROOT / "tests/data").glob("*.txt")), Path(kvcast.__file__).parent / "data/prose.txt"]
@@ -33,26 +36,6 @@ LOGIT_DIFFERENCE = 1.8  # as stated in tests/test_contract.py
 MEMORY_BYTES = 20 << 20  # that the process may hold more in the last fifth of the sessions than in the first, in the median
 M_MMAP_THRESHOLD = -3  # of malloc.h
 EDITS = {"truncate": 3, "regenerate": 3, "prefix": 3, "save": 2, "load": 3, "configure": 3, "reset": 1}  # and how often
-
-
-def first_layers(source: Path, out: Path, n_layer: int) -> Path:
-    """Write a model that has only the first layers of ``source``."""
-    reader = gguf.GGUFReader(source)
-    arch = str(reader.fields["general.architecture"].contents())
-    writer = gguf.GGUFWriter(out, arch)
-    for field in reader.fields.values():
-        if field.name == f"{arch}.block_count":
-            writer.add_block_count(n_layer)
-        elif not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1])
-    for tensor in reader.tensors:
-        if not tensor.name.startswith("blk.") or int(tensor.name.split(".")[1]) < n_layer:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 def logits_of(llm: Llama) -> np.ndarray:

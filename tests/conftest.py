@@ -10,7 +10,7 @@ import pytest
 
 import kvcast
 from kvcast import models
-from small import write_first_layers
+from small import first_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -29,7 +29,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def small(smollm2, tmp_path_factory) -> Path:
     """SmolLM2's first four layers of 30: what a test needs of a real model that does not look at what is answered."""
-    return write_first_layers(smollm2, tmp_path_factory.mktemp("small") / "small.gguf", 4)
+    return first_layers(smollm2, tmp_path_factory.mktemp("small") / "small.gguf", 4)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def qwen() -> Path:
 @pytest.fixture(scope="session")
 def small_qwen(qwen, tmp_path_factory) -> Path:
     """Qwen's first three layers of 24."""
-    return write_first_layers(qwen, tmp_path_factory.mktemp("small") / "small.gguf", 3)
+    return first_layers(qwen, tmp_path_factory.mktemp("small") / "small.gguf", 3)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 import gguf
 
 
-def write_first_layers(source, path, n_layer):
-    """Copy a GGUF file with its first ``n_layer`` layers."""
+def first_layers(source, path, n_layer):
+    """Write a model that has only the first layers of ``source``."""
     reader = gguf.GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(path, arch, use_temp_file=False)

@@ -112,14 +112,13 @@ def test_fidelity(llm, code):
     tokens = llm.tokenize(code.encode())
     chosen = [selectors.selector(name, 256) for name in ("default", "window", "oracle")]
     chosen.append(selectors.Selector("everything", SparseConfig(budget=1024)))
-    rows = fidelity.fidelity(llm, {"code": tokens[:633]}, 600, 32, chosen)
+    rows = fidelity.fidelity(llm, {"code": tokens[:729]}, 600, 128, chosen)  # of 32 tokens, rounding alone is 1.4 %
     by = {r["selector"]: r for r in rows if r["document"] == "code"}
     assert {r["selector"] for r in rows if r["document"] == "mean"} == set(by)
     whole, window, default = by["everything"], by["window"], by["default"]
     assert whole["kl_mean"] < 0.2 * default["kl_mean"] and whole["top1_agreement"] > 0.95
     assert whole["output_error"] < 1e-6 and whole["recovery"] == 1
-    # llama.cpp's flash attention rounds to f16; on processors with AVX2 at most, 32 tokens differ by 1.4 %
-    assert whole["ppl_sparse"] == pytest.approx(whole["ppl_dense"], rel=0.02)
+    assert whole["ppl_sparse"] == pytest.approx(whole["ppl_dense"], rel=0.01)
     assert window["kl_mean"] > 3 * default["kl_mean"] > 0 and window["output_error"] > 1.5 * default["output_error"] > 0
     assert window["kl_p99"] >= window["kl_mean"] > window["kl_median"] > 0
     assert 0 < default["ratio_to_oracle"] < 1 and by["oracle"]["ratio_to_oracle"] == 1
@@ -127,7 +126,7 @@ def test_fidelity(llm, code):
     llm.reset()
     llm.eval(tokens[:600])
     nll = []
-    for token, following in itertools.pairwise(tokens[600:633]):
+    for token, following in itertools.pairwise(tokens[600:729]):
         llm.dense_eval(token)
         x = recovery.next_logits(llm).astype(np.float64)
         nll.append(np.log(np.exp(x - x.max()).sum()) + x.max() - x[following])

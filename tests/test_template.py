@@ -1,5 +1,6 @@
 """Chat templates: those of real models write what they always wrote; those that would loop, grow or nest for ever end with one sentence."""
 
+import contextlib
 import resource
 import sys
 import threading
@@ -223,8 +224,12 @@ def test_what_the_system_says_comes_before_the_question_where_there_is_no_such_r
     assert template(messages=answered).prompt == "<user>Be brief.\n\nWhy?<assistant>So.<user>Why?"
     assert answered[0] is SYSTEM and answered[1] is QUESTION and QUESTION["content"] == "Why?"
     assert template(messages=[QUESTION]).prompt == "<user>Why?"
-    parts = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
-    assert "Be brief." in template(messages=[SYSTEM, parts]).prompt
+    system, question = ({**message, "content": [{"type": "text", "text": message["content"]}]} for message in (SYSTEM, QUESTION))
+    for messages in ([SYSTEM, question], [system, QUESTION], [system, question], [system]):
+        assert "Be brief." in template(messages=messages).prompt
+    for odd in ([SYSTEM, {"content": "x"}], [SYSTEM, 5], [5], [{}], "text", [SYSTEM, {"role": "user", "content": 5}]):
+        with contextlib.suppress(InputError):  # or whatever the template makes of it
+            template(messages=odd)
 
 
 def test_a_document_is_read_with_a_template_without_the_system_role(tmp_path):

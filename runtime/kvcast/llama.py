@@ -124,7 +124,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
         path = os.fsdecode(model_path)
         header = read_header(path, kwargs.get("kv_overrides"))
-        if (adapter := kwargs.get("lora_path")) is not None:
+        if adapter := kwargs.get("lora_path"):
             _check_adapter(adapter, header)
         self._stamps = identity.stamps(identity.files_of(path, header.n_split))
         self._lora_stamps = identity.stamps([adapter] if adapter else [])

@@ -39,7 +39,6 @@ def _load_plugins() -> None:
         load(os.fsencode(LIBRARY_DIR))
 
 
-_load_plugins()
 # a null pointer is not None, which llama-cpp-python looks for
 llama_cpp.llama_adapter_lora_init.errcheck = lambda adapter, _function, _arguments: adapter if adapter else None
 
@@ -58,11 +57,13 @@ def _by_one(work: Callable[[int], int], failed: Callable[[BaseException], int]) 
     def calls() -> Generator[int, int, None]:
         answer = 0
         while True:
-            waits = True
+            waits = False
             try:
-                address = yield answer
-                waits = False
-                answer = work(address)
+                while True:  # inside, as Python handles signals at a loop's end, too
+                    waits = True
+                    address = yield answer
+                    waits = False
+                    answer = work(address)
             except BaseException as error:  # noqa: BLE001 - must not pass through native code
                 if waits and isinstance(error, GeneratorExit):
                     return
@@ -149,6 +150,9 @@ def quiet() -> Iterator[None]:
     if (error := take_lost()) is not None:
         raise error
 
+
+with quiet():
+    _load_plugins()
 
 BLOCK_TOKENS = 16
 

@@ -397,8 +397,9 @@ class ChatTemplate(Jinja2ChatFormatter):
         InputError
             The template cannot write them, or refuses them.
         """
-        messages = kwargs.get("messages")
-        if messages and messages[0].get("role") == "system" and not self.takes_system:
+        messages: Any = kwargs.get("messages")
+        first = messages[0] if isinstance(messages, list) and messages else None
+        if isinstance(first, dict) and first.get("role") == "system" and not self.takes_system:
             kwargs["messages"] = _without_system(messages)
         return self._written(kwargs)
 
@@ -437,17 +438,15 @@ class ChatTemplate(Jinja2ChatFormatter):
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first system messages as the beginning of the first message of a user."""
-    system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
-    texts = [message["content"] for message in system if isinstance(message.get("content"), str)]
+    system = list(itertools.takewhile(lambda message: isinstance(message, dict) and message.get("role") == "system", messages))
     first, rest = {"role": "user", "content": ""}, messages[len(system) :]
-    if rest and rest[0].get("role") == "user":
+    if rest and isinstance(rest[0], dict) and rest[0].get("role") == "user":
         first, *rest = rest
-    content = first.get("content") or ""
-    if isinstance(content, str):
-        content = "\n\n".join([*texts, content] if content else texts)
-    else:
-        content = [*({"type": "text", "text": text + "\n\n"} for text in texts), *content]
-    return [{**first, "content": content}, *rest]
+    contents = [content for message in (*system, first) if (content := message.get("content"))]
+    if all(isinstance(content, str) for content in contents):
+        return [{**first, "content": "\n\n".join(contents)}, *rest]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [{"type": "text", "text": content}])]
+    return [{**first, "content": parts}, *rest]
 
 
 def _new(value: Any) -> Chars:

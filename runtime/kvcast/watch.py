@@ -14,7 +14,8 @@ def _answers(raised: list[BaseException]) -> Generator[int, None, None]:
     handler raises at the first line of a function would be lost in the native code that called it."""
     while True:
         try:
-            yield 0 if raised or native.is_lost() else 1
+            while True:  # inside, as Python handles signals at a loop's end, too
+                yield 0 if raised or native.is_lost() else 1
         except GeneratorExit:
             return
         except BaseException as error:  # noqa: BLE001 - ``take_raised`` brings it to where Python goes on
