@@ -175,8 +175,11 @@ def test_no_signal_is_lost_in_a_callback(file, path):
             while True:
                 llm.eval([5])
                 llm.n_tokens = len(PROMPTS[0])
+        assert llm.n_tokens - len(PROMPTS[0]) in (0, 1)  # it may come just after a step
+        llm.n_tokens = len(PROMPTS[0])
     llm.on_attention(None)
-    assert llm.n_tokens == len(PROMPTS[0])
+    llm.eval(PROMPTS[1])
+    assert llm.n_tokens == len(PROMPTS[0]) + len(PROMPTS[1])
     llm.close()
 
 

@@ -233,6 +233,22 @@ def test_any_exception_in_a_step(models, monkeypatch, path, point):
     assert bool(n_came) != ((point, path) in NEVER)
 
 
+@pytest.mark.parametrize("path", ["host, small", "device, small"])
+def test_a_signal_in_a_compiled_kernel(models, monkeypatch, path):
+    """Numba returns a result with an exception set, of which Python makes a SystemError."""
+    llm, other = models(path)
+    llm.reset()
+    llm.eval(TOKENS[:N_PROMPT])
+    error = SystemError("returned a result with an exception set")
+    error.__cause__ = KeyboardInterrupt()
+    with monkeypatch.context() as patched:
+        Fault(patched, type(llm.session), "_run", 1, error)
+        with pytest.raises(KeyboardInterrupt):
+            llm.eval([TOKENS[N_PROMPT]])
+    true(llm, TOKENS)
+    goes_on(llm, other, exact=False)
+
+
 @pytest.mark.parametrize("code", [1, 2, -3])
 @pytest.mark.parametrize("after", [False, True], ids=["refused", "computed"])
 @pytest.mark.parametrize("path", PATHS)

@@ -322,6 +322,8 @@ class Llama(Lifetime, llama_cpp.Llama):
                 session.undo(self.n_tokens)
             if isinstance(error, GenerationError) or not isinstance(error, Exception):
                 raise
+            if isinstance(error, SystemError) and isinstance(cause := error.__cause__, BaseException):
+                raise cause from None  # a signal handler raised it in the middle of a compiled kernel, which Numba passes on so
             said = str(error) if isinstance(error, RuntimeError) else f"evaluating failed: {type(error).__name__}: {error}"
             raise GenerationError(f"{said}; the store holds the {self.n_tokens} tokens before it") from error
 
