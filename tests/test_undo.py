@@ -239,8 +239,8 @@ def test_a_signal_in_a_compiled_kernel(models, monkeypatch, path):
     llm, other = models(path)
     llm.reset()
     llm.eval(TOKENS[:N_PROMPT])
-    error = SystemError("returned a result with an exception set")
-    error.__cause__ = KeyboardInterrupt()
+    error, inner = (SystemError("returned a result with an exception set") for _ in range(2))
+    error.__cause__, inner.__cause__ = inner, KeyboardInterrupt()
     with monkeypatch.context() as patched:
         Fault(patched, type(llm.session), "_run", 1, error)
         with pytest.raises(KeyboardInterrupt):

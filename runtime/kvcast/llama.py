@@ -322,7 +322,10 @@ class Llama(Lifetime, llama_cpp.Llama):
                 session.undo(self.n_tokens)
             if isinstance(error, GenerationError) or not isinstance(error, Exception):
                 raise
-            if isinstance(error, SystemError) and isinstance(cause := error.__cause__, BaseException):
+            cause: BaseException = error
+            while isinstance(cause, SystemError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            if cause is not error:
                 raise cause from None  # a signal handler raised it in the middle of a compiled kernel, which Numba passes on so
             said = str(error) if isinstance(error, RuntimeError) else f"evaluating failed: {type(error).__name__}: {error}"
             raise GenerationError(f"{said}; the store holds the {self.n_tokens} tokens before it") from error
