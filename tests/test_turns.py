@@ -142,7 +142,7 @@ def test_a_signal_ends_loading(large):
 def test_no_signal_is_lost_in_what_llama_cpp_says(file, monkeypatch, verbose):
     """Wherever it comes while a model is loaded: it ends that, or what follows is as if it had come then."""
     n_raised, lost = 0, []
-    monkeypatch.setattr(sys, "unraisablehook", lambda found: lost.append(found.exc_type))
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: lost.append((found.exc_type, found.err_msg or "")))
     for i in range(12):
         gc.collect()  # Python itself loses what is raised in a destructor
         try:
@@ -153,7 +153,9 @@ def test_no_signal_is_lost_in_what_llama_cpp_says(file, monkeypatch, verbose):
                 time.sleep(0.1)
         except KeyboardInterrupt:
             n_raised += 1
-    assert n_raised == 12 and KeyboardInterrupt not in lost
+    of_signals = [how for kind, how in lost if kind is KeyboardInterrupt]
+    assert not any("callback" in how for how in of_signals)
+    assert n_raised + len(of_signals) == 12
 
 
 def test_messages_that_nobody_can_read_are_no_error(monkeypatch):
@@ -195,4 +197,27 @@ def test_a_signal_ends_a_prompt_in_the_middle_of_its_batch(large, path):
     assert llm.n_tokens == 20
     llm.eval(tokens[20:25])
     assert llm.n_tokens == 25 and np.isfinite(logits_of(llm)).all()
+    llm.close()
+
+
+def test_a_callback_that_a_signal_cut_off_as_it_began_is_over(file, monkeypatch):
+    llm = Llama(file, n_ctx=512, n_threads=1, sparse=PATHS["host"], verbose=False)
+    calling_back, begun = llm._calling_back, []
+
+    class CutOff:
+        def __enter__(self):
+            begun.append(calling_back())
+            begun[-1].__enter__()  # and its end never comes
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_):
+            raise AssertionError
+
+    monkeypatch.setattr(llm, "_calling_back", CutOff)
+    llm.on_attention(lambda layer, step, scores: None)
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval(PROMPTS[0])
+    llm.on_attention(None)
+    llm.eval(PROMPTS[0])
+    assert len(begun) == 1 and llm.n_tokens >= len(PROMPTS[0])
     llm.close()

@@ -112,6 +112,7 @@ class Lifetime:
                 self._begin_turn()
                 yield
         finally:
+            self._in_callback.discard(threading.get_ident())  # a signal may have come as it began
             self._turns.end(turn)
 
     def _in_turns(self, generator: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
@@ -149,6 +150,7 @@ class Lifetime:
                     self._go_on(context)
                 yield
         finally:
+            self._in_callback.discard(threading.get_ident())
             self._turns.leave(turn)
 
     def _refuse_callbacks(self) -> None:
