@@ -1,12 +1,13 @@
 """A few faults of each kind; `make faults` injects many."""
 
+import gc
 import sys
 import threading
 
 import pytest
 
 from conftest import ROOT
-from kvcast import GenerationError, Llama, SparseConfig
+from kvcast import GenerationError, Llama, SparseConfig, native
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import faults
@@ -37,18 +38,53 @@ def test_two_threads_with_one_model(small, code, sparse):
     llm.close()
 
 
-def test_two_models_interrupted_leave_llama_cpp_as_loud_as_before(small):
-    from llama_cpp import _logger
+def says(capsys):
+    """Whether an error that llama.cpp reports is shown."""
+    capsys.readouterr()
+    native._plain_log(3, b"an error\n")
+    return capsys.readouterr().err == "an error\n"
 
-    models = [Llama(small, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False) for _ in range(2)]
-    before = _logger.logger.level
+
+def test_interrupted_models_leave_llama_cpp_as_loud_as_before(small, capsys):
+    models = [Llama(small, n_ctx=256, sparse=SparseConfig(budget=160), n_threads=2, verbose=False) for _ in range(3)]
+    assert says(capsys)
     for llm in models:
         llm.interrupt()
+        assert not says(capsys)
+    models.pop()  # never goes on
     for llm in models:
         llm.eval([1])
-    assert _logger.logger.level == before
+    gc.collect()
+    assert says(capsys)
     for llm in models:
+        llm.interrupt()
         llm.close()
+    assert says(capsys)
+
+
+def test_a_signal_anywhere_leaves_llama_cpp_as_loud_as_before(capsys):
+    n_raised = 0
+    for point in range(300):
+        n_left = point
+
+        def trace(frame, event, _):
+            nonlocal n_left
+            frame.f_trace_opcodes = True
+            n_left -= event == "opcode"
+            if n_left == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        try:
+            sys.settrace(trace)
+            with native.quiet():
+                pass
+        except KeyboardInterrupt:
+            n_raised += 1
+        finally:
+            sys.settrace(None)
+        assert says(capsys), point
+    assert 50 < n_raised < 300
 
 
 def test_an_interrupt_between_two_steps_stops_the_next(small):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from conftest import DATA, ROOT
+from kvcast.library import CARRIED
 from shapes import write_shape
 
 REFERENCE = ROOT / "build" / "reference" / "kvcast" / "lib"
@@ -94,7 +95,7 @@ def test_the_same_tokens_as_unpatched(models):
     texts += ["".join(unit + c for unit in UNITS for c in ("<|x|>y", "<|x|> y", "<|x|>", "<|x"))]
     single = [" ".join(text.split()) for text in texts]  # unpatched, two spaces or line ends in a row end the process in RAW
     asked = {path: single if pre in RAW else texts for pre, path in models.items()}
-    ours, stock = tokens(OURS, asked), tokens(STOCK, asked, LLAMA_CPP_LIB_PATH=str(REFERENCE))
+    ours, stock = tokens(OURS, asked), tokens(STOCK, asked, LLAMA_CPP_LIB_PATH=str(REFERENCE), PYTHONPATH=str(CARRIED.parent))
     for pre, path in models.items():
         for text, a, b in zip(asked[path], ours[path], stock[path]):
             assert a == b, f"{pre}: {text!r}"

@@ -113,7 +113,7 @@ class Llama(Lifetime, llama_cpp.Llama):
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
         self._n_last = 0  # tokens that were evaluated last, together
         self._mark = object()  # of that evaluation
-        self._hushed = False  # llama.cpp's messages are silenced
+        self._hush: native.Hush | None = None  # until the next step: llama.cpp calls a stopped one an error, in three lines
         self._processors: Processors | None = None  # of the generation that runs
         if not isinstance(sparse, SparseConfig | None):
             raise arguments.wrong("sparse", sparse, "a SparseConfig, or None")
@@ -706,23 +706,14 @@ class Llama(Lifetime, llama_cpp.Llama):
         with self._lock:
             if self._freed:
                 return
-            self._hush()
+            self._hush = native.Hush()
             self._watch.stop()
             if self._session is not None:
                 self._session.attached.abort()
 
-    def _hush(self) -> None:
-        """Until the next step: llama.cpp calls a stopped one an error, in three lines."""
-        with self._lock:
-            if not self._hushed:
-                self._hushed = True
-                native.hush()
-
     def _clear_abort(self) -> None:
         with self._lock:
-            if self._hushed:
-                self._hushed = False
-                native.speak()
+            self._hush = None
             if self._closing:
                 return
             self._watch.go_on()
@@ -847,7 +838,7 @@ class Llama(Lifetime, llama_cpp.Llama):
 
         def failed(error: BaseException) -> int:
             self._callback_error = error  # raised again by _decode
-            self._hush()
+            self._hush = native.Hush()
             return 1
 
         attached.set_attention_callback(call, failed)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any
 
@@ -96,7 +96,7 @@ def _log(address: int) -> int:
 
 def _plain_log(level: int, text: bytes) -> None:
     """llama.cpp quotes names from files; what a terminal would obey does not reach it."""
-    if _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
+    if not _hushes and _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
         try:
             print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
         except (OSError, ValueError) as error:  # nobody can read it
@@ -115,38 +115,24 @@ llama_cpp.llama_log_set(_native_log, ctypes.cast(_log_by_one, ctypes.c_void_p))
 atexit.register(llama_cpp.llama_log_set, _native_log, ctypes.c_void_p(0))  # what is freed after this says nothing
 
 
-_hush_lock = threading.RLock()  # a signal handler may hush while its thread holds it
-_n_hushed = 0
-_level_before = logging.NOTSET
+class Hush:
+    """llama.cpp's messages are not shown as long as one of these lives: a signal that ends what it was made for ends it as well."""
+
+    def __init__(self) -> None:
+        _hushes.add(self)
 
 
-def hush() -> None:
-    """From now on llama.cpp's messages are not shown, until ``speak`` was called as often."""
-    global _n_hushed, _level_before
-    with _hush_lock:
-        if _n_hushed == 0:
-            _level_before = _logger.logger.level
-        _n_hushed += 1
-        _logger.logger.setLevel(logging.CRITICAL)
-
-
-def speak() -> None:
-    """Undoes one ``hush``."""
-    global _n_hushed
-    with _hush_lock:
-        _n_hushed -= 1
-        if _n_hushed == 0:
-            _logger.logger.setLevel(_level_before)
+_hushes: weakref.WeakSet[Hush] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """llama.cpp's messages are not shown: where what fails is said in a sentence of ours."""
-    hush()
+    hush = Hush()
     try:
         yield
     finally:
-        speak()
+        _hushes.discard(hush)  # now, whoever holds a traceback
     if (error := take_lost()) is not None:
         raise error
 
