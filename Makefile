@@ -4,7 +4,7 @@ PIP    ?= pip
 CONSTRAINTS := .ci/constraints.txt
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/data/* runtime/kvcast/eval/*.py runtime/kvcast/server/*.py runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
+SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* runtime/kvcast/*.py runtime/kvcast/*/*.py runtime/kvcast/data/* runtime/kvcast/server/page/* patches/* predictor_onnx/*) scripts/vendor.py
 
 # our Python beside libraries that a build of its own has put into a folder
 put_python = find $(1)/kvcast -mindepth 1 -maxdepth 1 ! -name lib ! -name _vendor -exec rm -rf {} + && \

@@ -1,4 +1,4 @@
-"""Training data: documents to record, and samples from recordings (kvcast.trace).
+"""Training data: documents to record, and samples from recordings (``recording``).
 
 Documents are made from what every machine with Python has (sources and documentation of the standard library, tables),
 from the novel in scripts/, and generated: logs, conversations, and retrieval prompts, where attention jumps.
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.history import DECAYS
-from kvcast.native import BLOCK_TOKENS
-from kvcast.trace import Trace, decode
+from kvcast.blocks import BLOCK_TOKENS
+
+from .features import DECAYS
+from .recording import Trace, decode
 
 SOURCES = ("argparse", "ast", "inspect", "typing", "subprocess", "tarfile", "unittest.mock", "pathlib")
 REFERENCES = ("os", "socket", "email.message", "logging")

@@ -16,11 +16,11 @@ from .protobuf import Damaged
 from .runtime import CUDA, PREDICTION_S, Bounds, Floats, Prediction, PredictorError, onnxruntime, open_session, reason, unusable
 
 if TYPE_CHECKING:
-    from kvcast.history import History
+    from kvcast.sparse.history import History
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = "scores"
-N_AVERAGES = 5  # of a block, that kvcast.history keeps
+N_AVERAGES = 5  # of a block, one per decay
 PROBE = 32  # blocks to either side of the one that is changed, to see how far a network looks
 SCORE_MAX = np.float32(1 << 20)  # what selects adds scores up
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 import vendor
-from kvcast.cli import progress
-from kvcast.embedded import embed
+from kvcast.bindings.api import llama_cpp
+from kvcast.bindings.log import quiet
+from kvcast.cli.console import progress
 from kvcast.errors import KvcastError
 from kvcast.extras import install_line
-from kvcast.native import llama_cpp, quiet
+from kvcast.gguf.embedded_predictor import embed
 from predictor_onnx.infer import open_predictor, resolve
 
 NEEDED = ("torch", "transformers", "safetensors", "sentencepiece")

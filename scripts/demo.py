@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.table import Table
 
 from kvcast import Llama, SparseConfig, models
-from kvcast.chat import Conversation
-from kvcast.cli import fetched, notes, progress
+from kvcast.chat.conversation import Conversation
+from kvcast.cli.console import fetched, notes, progress
 from kvcast.cores import usable_cores
+from kvcast.eval.pictures import attended
 from kvcast.eval.recovery import Recorder, recovery_of, true_scores
-from kvcast.picture import attended
 from kvcast.terminal import Console
 
 ROOT = Path(__file__).resolve().parent.parent

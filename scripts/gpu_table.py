@@ -32,8 +32,8 @@ import numpy as np
 
 from kvcast import Llama, SparseConfig
 from kvcast.cores import usable_cores
-from kvcast.link import measure_link
-from kvcast.session import StepTimes
+from kvcast.engine.session import StepTimes
+from kvcast.planning.link_simulator import measure_link
 
 RUN = 3  # critical blocks that lie side by side, in the mean: 3.0 to 4.4 in recordings of `kvcast trace`
 CHURN = Path(__file__).resolve().parent.parent / "runtime/kvcast/data/churn.json"

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 from kvcast import Llama, SparseConfig, models
-from kvcast.cli import DEFAULT_TEXT
+from kvcast.texts import DEFAULT_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYER, HEAD = 8, 0  # one that attends far back

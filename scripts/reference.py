@@ -18,15 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MORE = {
     "kvcast.models": ["resolve"],
     "kvcast.chat": ["Conversation", "Figures"],
-    "kvcast.cache": ["DocumentCache", "Entry"],
-    "kvcast.langchain": ["ChatKvcast"],
+    "kvcast.chat.documents": ["DocumentCache", "Entry"],
+    "kvcast.integrations.langchain": ["ChatKvcast"],
 }
 NOTE = "Made from the code by `make docs`; edit the code instead.\n"
 
 
 def cli() -> str:
     """Every command's --help, by typer's own generator."""
-    command = [sys.executable, "-m", "typer", "kvcast.cli", "utils", "docs", "--name", "kvcast", "--title", "The `kvcast` command"]
+    command = [sys.executable, "-m", "typer", "kvcast.cli.app", "utils", "docs", "--name", "kvcast", "--title", "The `kvcast` command"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     title, _, rest = text.partition("\n")
     return f"{title}\n\n{NOTE}{rest.rstrip()}\n"

@@ -21,8 +21,9 @@ import psutil
 
 import kvcast
 from kvcast import Llama, SparseConfig, models
+from kvcast.bindings.api import llama_cpp
+from kvcast.bindings.context import Attached
 from kvcast.cores import usable_cores
-from kvcast.native import Attached, llama_cpp
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from small import first_layers

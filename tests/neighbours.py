@@ -9,12 +9,11 @@ import os
 import sys
 import types
 
+import llama_cpp
 import pytest
 
 import kvcast
 from kvcast import models
-
-import llama_cpp  # isort: skip
 
 SPARSE = os.environ.get("KVCAST_NEIGHBOURS") == "sparse"
 QWEN = "needs a download: what Qwen3.5 says is expected"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from openai import OpenAI
 
-from kvcast.cache import DocumentCache
-from kvcast.server.desk import Desk
-from kvcast.server.proxy import Proxy
+from kvcast.chat.documents import DocumentCache
+from kvcast.server.model_manager import Proxy
+from kvcast.server.request_queue import Desk
 from kvcast.server.run import listen, make_server
 from kvcast.server.settings import ModelSettings, ServerSettings
 

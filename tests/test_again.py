@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvcast import Llama, SparseConfig
-from kvcast.chat import Conversation
+from kvcast.chat.conversation import Conversation
 from test_contract import logits_of
 from tiny import N_VOCAB, SHAPES, write_tiny
 

@@ -12,10 +12,11 @@ import sys
 import numpy as np
 import pytest
 
-from kvcast import GenerationError, KvcastError, Llama, SparseConfig, files, session_file
-from kvcast.cache import DocumentCache
-from kvcast.chat import Conversation
-from kvcast.session_file import STATE_HEADER
+from kvcast import GenerationError, KvcastError, Llama, SparseConfig, files
+from kvcast.chat.conversation import Conversation
+from kvcast.chat.documents import DocumentCache
+from kvcast.llama import session_file
+from kvcast.llama.session_file import STATE_HEADER
 from shapes import write_shape
 from test_contract import logits_of
 from test_errors import command

@@ -14,8 +14,9 @@ from dataclasses import replace
 import pytest
 
 from conftest import ROOT
-from kvcast import Llama, SessionError, session_file
-from kvcast.chat import Conversation, Signals
+from kvcast import Llama, SessionError
+from kvcast.chat.conversation import Conversation, Signals
+from kvcast.llama import session_file
 from kvcast.terminal import plain
 from shapes import write_shape
 from test_errors import command, one_sentence
@@ -183,7 +184,7 @@ def test_what_is_large_is_written_in_the_end(model, tmp_path, monkeypatch):
     llm = Llama(model, n_ctx=256, n_threads=1, verbose=False)
     conversation = Conversation(llm)
     assert conversation.is_small
-    monkeypatch.setattr("kvcast.chat.SMALL_BYTES", 10)
+    monkeypatch.setattr("kvcast.chat.conversation.SMALL_BYTES", 10)
     assert not conversation.is_small
     llm.close()
 

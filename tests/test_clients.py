@@ -16,10 +16,10 @@ from openai import APIError, BadRequestError, InternalServerError, NotFoundError
 from pydantic import BaseModel
 
 from kvcast import GenerationError, Llama, SparseConfig
-from kvcast.server.proxy import Proxy
+from kvcast.gguf.support import notes_on
+from kvcast.server.model_manager import Proxy
 from kvcast.server.served import ServedLlama
 from kvcast.server.settings import ModelSettings
-from kvcast.support import notes_on
 from served import serve
 from shapes import write_shape
 from test_server import get
@@ -487,7 +487,7 @@ def test_langchain_loops_with_tools(smollm2):
     from langchain_core.messages import HumanMessage
     from langchain_core.tools import tool
 
-    from kvcast.langchain import ChatKvcast
+    from kvcast.integrations.langchain import ChatKvcast
 
     @tool
     def get_weather(city: str) -> str:

@@ -9,8 +9,8 @@ import pytest
 
 from conftest import ROOT
 from kvcast import Llama, SparseConfig
-from kvcast.library import CARRIED
-from kvcast.native import Attached
+from kvcast.bindings.context import Attached
+from kvcast.bindings.library import CARRIED
 from lowlevel import Context
 
 LONG = bool(os.environ.get("KVCAST_LONG"))
@@ -143,7 +143,7 @@ def test_contract_3_rows_of_the_store(model, dense, path):
 
 
 def test_contract_3_every_row_is_what_the_graph_computed(model, code):
-    from kvcast import native
+    from kvcast.bindings import api as native
 
     seen = {}
     context = Context(model[1], 1024, flash_attn=True, names=("Kcur-", "Vcur-"), watch=lambda name, x: seen.__setitem__(name, x))

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 from kvcast import Llama
-from kvcast.inspection import inspect
+from kvcast.planning.inspect_gguf import inspect
 from test_contract import logits_of
 
 SCRIPT = ROOT / "scripts" / "convert_hf.py"

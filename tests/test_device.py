@@ -8,8 +8,12 @@ import pytest
 
 import naive
 from conftest import DATA
-from kvcast import GenerationError, Llama, SparseConfig, device, link, pool, sweep
-from kvcast.device import DeviceSession
+from kvcast import GenerationError, Llama, SparseConfig
+from kvcast.engine import device_path as device
+from kvcast.engine.device_path import DeviceSession
+from kvcast.eval import sweep
+from kvcast.planning import link_simulator as link
+from kvcast.sparse import pool
 from test_contract import logits_of
 
 

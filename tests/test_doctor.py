@@ -4,7 +4,7 @@ import importlib.util
 
 import psutil
 
-from kvcast import doctor
+from kvcast.planning import doctor
 
 
 def test_a_machine_that_has_everything():

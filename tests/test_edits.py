@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from llama_cpp import LlamaDiskCache, LlamaRAMCache
 
-from kvcast import GenerationError, Llama, SparseConfig, native
-from kvcast.chat import Conversation
+from kvcast import GenerationError, Llama, SparseConfig
+from kvcast.bindings import api as native
+from kvcast.chat.conversation import Conversation
 from test_contract import LOGIT_DIFFERENCE, logits_of
-
-from llama_cpp import LlamaDiskCache, LlamaRAMCache  # isort: skip
 
 N_EDITS = 50
 

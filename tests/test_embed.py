@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
-from kvcast import KvcastError, Llama, ModelError, SparseConfig, embedded
-from kvcast.embedded import embed, extract
-from kvcast.gguf_file import GgufFile
-from kvcast.library import CARRIED
+from kvcast import KvcastError, Llama, ModelError, SparseConfig
+from kvcast.bindings.library import CARRIED
+from kvcast.gguf import embedded_predictor as embedded
+from kvcast.gguf.embedded_predictor import embed, extract
+from kvcast.gguf.reader import GgufFile
 from predictor_onnx.infer import PredictorError, resolve
 from test_contract import REFERENCE, logits_of
 from test_errors import command, one_sentence

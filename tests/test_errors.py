@@ -147,7 +147,7 @@ def test_a_failing_callback_stops_generation_and_keeps_the_session(smollm2, path
 def test_what_cannot_be_sparse_says_why_and_runs_dense(smollm2):
     import llama_cpp
 
-    from kvcast.native import Attached
+    from kvcast.bindings.context import Attached
 
     for options, reason in (
         ({"flash_attn": False}, "flash attention is off"),

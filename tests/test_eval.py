@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvcast import Llama, SparseConfig
+from kvcast.blocks import BLOCK_TOKENS
 from kvcast.errors import KvcastError
 from kvcast.eval import ask, fidelity, recovery, report, selectors, tasks
 from test_errors import command, one_sentence
@@ -134,7 +135,6 @@ def test_fidelity(llm, code):
 
 
 def test_output_error_against_naive(llm, code):
-    from kvcast import native
     from kvcast.eval.output_error import Outputs
 
     tokens = llm.tokenize(code.encode())
@@ -155,7 +155,7 @@ def test_output_error_against_naive(llm, code):
             for head in range(9):
                 q = outputs._queries[step][layer, head] / 8
                 p = np.exp(k[: 301 + step, head // 3] @ q)
-                kept = np.repeat(masks[step][layer * 3 + head // 3], native.BLOCK_TOKENS)[: 301 + step]
+                kept = np.repeat(masks[step][layer * 3 + head // 3], BLOCK_TOKENS)[: 301 + step]
                 whole = p @ v[: 301 + step, head // 3] / p.sum()
                 part = (p * kept) @ v[: 301 + step, head // 3] / (p * kept).sum()
                 errors.append(np.linalg.norm(part - whole) / np.linalg.norm(whole))

@@ -10,11 +10,11 @@ import pytest
 
 from conftest import ROOT
 from kvcast import Llama, SparseConfig, SparseUnsupported, SparseUntested
-from kvcast.native import Attached
-from kvcast.server.proxy import Proxy
+from kvcast.bindings.context import Attached
+from kvcast.gguf.memory import KV_TYPES
+from kvcast.gguf.support import TESTED
+from kvcast.server.model_manager import Proxy
 from kvcast.server.settings import ModelSettings
-from kvcast.sizes import KV_TYPES
-from kvcast.support import TESTED
 from test_contract import logits_of
 from test_errors import command
 from tiny import N_VOCAB, SHAPES, UNTESTED, WITH_SINKS, write_tiny

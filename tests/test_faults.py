@@ -7,10 +7,11 @@ import threading
 import pytest
 
 from conftest import ROOT
-from kvcast import GenerationError, Llama, SparseConfig, native
+from kvcast import GenerationError, Llama, SparseConfig
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import faults
+from kvcast.bindings.log import _plain_log, quiet
 
 COUNTS = {"interrupts": 8, "signals": 8, "python_callbacks": 4, "compiled_callbacks": 4}
 
@@ -41,7 +42,7 @@ def test_two_threads_with_one_model(small, code, sparse):
 def says(capsys):
     """Whether an error that llama.cpp reports is shown."""
     capsys.readouterr()
-    native._plain_log(3, b"an error\n")
+    _plain_log(3, b"an error\n")
     return capsys.readouterr().err == "an error\n"
 
 
@@ -77,7 +78,7 @@ def test_a_signal_anywhere_leaves_llama_cpp_as_loud_as_before(capsys):
 
         try:
             sys.settrace(trace)
-            with native.quiet():
+            with quiet():
                 pass
         except KeyboardInterrupt:
             n_raised += 1

@@ -14,9 +14,9 @@ import pytest
 
 from conftest import ROOT
 from kvcast import KvcastError, SessionError, files
-from kvcast.embedded import embed, extract
-from kvcast.trace import Trace
+from kvcast.gguf.embedded_predictor import embed, extract
 from predictor_onnx.infer import resolve
+from predictor_onnx.recording import Trace
 from shapes import write_shape
 from test_errors import command, one_sentence
 

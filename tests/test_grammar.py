@@ -7,13 +7,13 @@ import sys
 
 import jsonschema
 import pytest
+from llama_cpp import LlamaGrammar, LogitsProcessorList
+from llama_cpp import llama_grammar as upstream
 
 from kvcast import GenerationError, Llama, SparseConfig
-from kvcast.grammar import MAX_REPEAT, GrammarError, check_grammar, grammar_of_schema
+from kvcast.llama.gbnf import MAX_REPEAT, GrammarError
+from kvcast.llama.grammar import check_grammar, grammar_of_schema
 from shapes import write_shape
-
-from llama_cpp import LlamaGrammar, LogitsProcessorList  # isort: skip
-from llama_cpp import llama_grammar as upstream  # isort: skip
 
 CHAIN = "\n".join(f'r{i} ::= r{i + 1} r{i + 1} | "a"' for i in range(3000)) + '\nr3000 ::= "b"\nroot ::= r0'
 

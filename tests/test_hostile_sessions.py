@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kvcast import Llama, SessionError, SparseConfig, files, native, session_file
+from kvcast import Llama, SessionError, SparseConfig, files
+from kvcast.bindings import api as native
+from kvcast.llama import session_file
 from recurrent import write_recurrent
 from tiny import SHAPES, write_tiny
 

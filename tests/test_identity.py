@@ -10,9 +10,10 @@ import gguf
 import numpy as np
 import pytest
 
-from kvcast import Llama, SessionError, SparseConfig, identity
-from kvcast.cache import DocumentCache
-from kvcast.gguf_file import GgufFile
+from kvcast import Llama, SessionError, SparseConfig
+from kvcast.chat.documents import DocumentCache
+from kvcast.gguf import identity
+from kvcast.gguf.reader import GgufFile
 from tiny import N_EMBD, N_HEAD, SHAPES, write_tiny
 
 SHARED = dict(n_ctx=768, n_batch=64, n_threads=1, n_threads_batch=1, verbose=False)

@@ -2,8 +2,8 @@
 
 import json
 
-from kvcast.embedded import embed
-from kvcast.inspection import inspect
+from kvcast.gguf.embedded_predictor import embed
+from kvcast.planning.inspect_gguf import inspect
 from predictor_onnx.infer import resolve
 from shapes import write_shape
 from test_errors import command, one_sentence

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcast import cores, download, folders, library, models
+from kvcast import cores, download, folders, models
+from kvcast.bindings import library
 from kvcast.errors import ModelError
 
 SCRIPT = "import kvcast; from kvcast import Llama; import llama_cpp; print(llama_cpp.__file__)"
@@ -44,7 +45,7 @@ def test_another_llama_cpp_in_the_environment_keeps_working(tmp_path):
 
 
 def test_what_a_user_says_about_waiting_threads_stands():
-    script = "import os, ctypes, kvcast.library as l\nwith l.environment_of_libraries(): print(os.environ.get('GOMP_SPINCOUNT'))"
+    script = "import os, ctypes, kvcast.bindings.library as l\nwith l.environment_of_libraries(): print(os.environ.get('GOMP_SPINCOUNT'))"
     assert python(script, GOMP_SPINCOUNT=None).stdout.strip() == library.WAITING["GOMP_SPINCOUNT"]
     assert python(script, GOMP_SPINCOUNT="5").stdout.strip() == "5"
     assert python(script, GOMP_SPINCOUNT=None, OMP_WAIT_POLICY="active").stdout.strip() == "None"

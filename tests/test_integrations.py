@@ -21,7 +21,7 @@ SMALL = dict(n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
 def tool(smollm2, tmp_path):
     """Runs ``llm`` with the plugin, apart from the user's own settings and logs."""
     pytest.importorskip("llm")
-    script = "import sys, llm.cli; from llm.plugins import pm; import kvcast.llm_plugin as plugin; "
+    script = "import sys, llm.cli; from llm.plugins import pm; import kvcast.integrations.llm_plugin as plugin; "
     script += "pm.is_registered(plugin) or pm.register(plugin); llm.cli.cli()"
 
     def run(*arguments, said="", **environment):
@@ -64,7 +64,7 @@ def test_llm_answers_about_a_file_and_goes_on(tool, tmp_path):
 
 def test_llm_keeps_the_model_and_the_conversation(smollm2):
     pytest.importorskip("llm")
-    from kvcast.llm_plugin import Kvcast
+    from kvcast.integrations.llm_plugin import Kvcast
 
     model = Kvcast("smollm2", smollm2)
     few = {"context": 1024, "max_tokens": 4, "temperature": 0.0}
@@ -84,7 +84,7 @@ def test_llm_keeps_the_model_and_the_conversation(smollm2):
 
 def test_the_plugin_loads_no_library():
     pytest.importorskip("llm")
-    script = "import sys, kvcast.llm_plugin; assert not {'llama_cpp', 'numba'} & sys.modules.keys(); from kvcast import Llama"
+    script = "import sys, kvcast.integrations.llm_plugin; assert not {'llama_cpp', 'numba'} & sys.modules.keys(); from kvcast import Llama"
     subprocess.run([sys.executable, "-c", script], check=True)
     assert kvcast.Llama is Llama
     with pytest.raises(AttributeError, match="no attribute 'Lama'"):
@@ -98,7 +98,7 @@ def test_langchain(smollm2):
     pytest.importorskip("langchain_community")
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 
-    from kvcast.langchain import ChatKvcast
+    from kvcast.integrations.langchain import ChatKvcast
 
     llm = Llama(smollm2, sparse=SparseConfig(budget=256), **SMALL)
     chat = ChatKvcast(client=llm, max_tokens=12, temperature=0.0)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import naive
-from kvcast import history, selection
+from kvcast.sparse import history, selection
+from predictor_onnx.features import DECAYS
 
 SHAPES = [(1, 9), (3, 10), (6, 40), (90, 123)]
 
@@ -80,7 +81,7 @@ def test_select_free(n_rows, n_used, n_budget, budgets, how):
 @pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
 def test_observe(n_rows, n_used, how):
     rng = np.random.default_rng(2)
-    decays = np.array(history.DECAYS, np.float32)
+    decays = np.array(DECAYS, np.float32)
     ours = rng.random((n_rows, len(decays), n_used + 3)).astype(np.float32)
     theirs = ours.astype(np.float64)
     blocks = np.tile(np.arange(n_used, dtype=np.int32), (n_rows, 1))

@@ -14,9 +14,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from kvcast import Llama, SparseConfig, embedded
-from kvcast.history import History
-from kvcast.predictors import Learned
+from kvcast import Llama, SparseConfig
+from kvcast.gguf import embedded_predictor as embedded
+from kvcast.sparse.history import History
+from kvcast.sparse.predictors import Learned
 from networks import AVERAGES, SCORES, SUM, chain, constant, content, convolutions, info, model, node, perceptron
 from predictor_onnx import infer, network, operators, runtime
 from predictor_onnx.infer import PredictorError, open_predictor, resolve, shipped
@@ -558,7 +559,7 @@ def carriers(tmp_path_factory):
     import hashlib
     import json
 
-    from kvcast.gguf_file import GgufFile
+    from kvcast.gguf.reader import GgufFile
     from tiny import SHAPES, write_tiny
 
     folder = tmp_path_factory.mktemp("carriers")
@@ -610,8 +611,8 @@ def test_a_predictor_that_is_not_wanted_is_never_loaded(carriers, monkeypatch):
 
 
 def test_a_predictor_that_a_model_brings_is_said(carriers):
-    from kvcast.inspection import inspect
-    from kvcast.support import sparse_if_tested
+    from kvcast.gguf.support import sparse_if_tested
+    from kvcast.planning.inspect_gguf import inspect
 
     path, bad = carriers(content(*convolutions(1, 4))), carriers(BAD["loop"][0]())
     found = inspect(path)["embedded_predictor"]
@@ -646,13 +647,13 @@ CARDS = {
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_card_from_outside(name, carriers, tmp_path):
-    from kvcast.inspection import inspect
+    from kvcast.planning.inspect_gguf import inspect
 
     found = inspect(carriers(content(*convolutions(1, 4)), CARDS[name]))["embedded_predictor"]
     assert found["name"] is None and found["parameters"] and found["why_not_used"] is None
     (tmp_path / "x.onnx").write_bytes(content(*convolutions(1, 4)))
     (tmp_path / "x.json").write_text(CARDS[name])
-    from predictor_onnx.cli import card
+    from kvcast.cli.predictor import card
 
     with pytest.raises(ValueError, match="is damaged") as caught:
         card(str(tmp_path / "x.onnx"))

@@ -40,7 +40,7 @@ def test_apply_and_export_are_byte_stable():
 
 
 def test_our_symbol_is_in_the_library():
-    from kvcast.library import LIBRARY_DIR
+    from kvcast.bindings.library import LIBRARY_DIR
 
     assert any(b"kvcast_attach" in path.read_bytes() for path in LIBRARY_DIR.glob("*llama.*"))
     assert not list(LIBRARY_DIR.glob("libllama.so.*")), "each library once"

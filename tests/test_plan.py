@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import typer
 
-from kvcast import KvcastError, Llama, ModelError, SparseConfig, cards, cli, plan, sizes
-from kvcast.header import read_header
+from kvcast import KvcastError, Llama, ModelError, SparseConfig
+from kvcast.cli import app as cli
+from kvcast.gguf import memory as sizes
+from kvcast.gguf.header import read_header
+from kvcast.planning import gpu_cards as cards
+from kvcast.planning import plan
 from shapes import write_shape
 from test_errors import command, one_sentence
 

@@ -8,7 +8,8 @@ import pytest
 from onnx import numpy_helper
 
 from kvcast import Llama, SparseConfig
-from kvcast.history import DECAYS, History
+from kvcast.sparse.history import History
+from predictor_onnx.features import DECAYS
 from predictor_onnx.infer import HERE, PredictorError, open_predictor, resolve, shipped
 from predictor_onnx.runtime import onnxruntime
 

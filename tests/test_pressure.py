@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from conftest import DATA
-from kvcast import KvcastError, Llama, ModelError, SessionError, SparseConfig, cache, session
+from kvcast import KvcastError, Llama, ModelError, SessionError, SparseConfig
+from kvcast.chat import documents as cache
+from kvcast.engine import session
 from test_contract import logits_of
 
 # with an address space that has no room for much more: what needs it fails, all else works
@@ -16,7 +18,7 @@ import resource, sys
 from pathlib import Path
 import psutil
 from kvcast import Llama, ModelError, SessionError, SparseConfig, SparseUnsupported
-from kvcast.native import Attached
+from kvcast.bindings.context import Attached
 import llama_cpp
 
 model, text, folder = map(Path, sys.argv[1:])

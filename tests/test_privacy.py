@@ -110,15 +110,19 @@ def test_a_server(home, tiny):
 
 
 @needs_seal
-@pytest.mark.parametrize("module", ["kvcast.langchain", "kvcast.llm_plugin", "kvcast.server.app", "predictor_onnx.cli"])
+@pytest.mark.parametrize(
+    "module", ["kvcast.integrations.langchain", "kvcast.integrations.llm_plugin", "kvcast.server.app", "kvcast.cli.predictor"]
+)
 def test_importing(module, home):
-    pytest.importorskip({"kvcast.langchain": "langchain_community", "kvcast.llm_plugin": "llm"}.get(module, "numpy"))
+    pytest.importorskip(
+        {"kvcast.integrations.langchain": "langchain_community", "kvcast.integrations.llm_plugin": "llm"}.get(module, "numpy")
+    )
     code, _, errors = run(home, "-c", f"import {module}")
     assert code == 0, errors
     assert files(home) == []
 
 
-@pytest.mark.parametrize("first", ["kvcast", "predictor_onnx", "kvcast.history", "predictor_onnx.infer"])
+@pytest.mark.parametrize("first", ["kvcast", "predictor_onnx", "kvcast.sparse.history", "predictor_onnx.infer"])
 def test_telemetry_is_off_from_the_first_import_on(first):
     """Also against what the user or the host program has set: nothing is sent, whoever imports ONNX Runtime after that."""
     code = f"import {first}, os; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['HF_HUB_DISABLE_TELEMETRY'])"

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from conftest import ROOT
-from kvcast import Llama, ModelError, session_file
-from kvcast.cache import DocumentCache
-from kvcast.gguf_file import GgufFile
-from kvcast.inspection import inspect
+from kvcast import Llama, ModelError
+from kvcast.chat.documents import DocumentCache
+from kvcast.gguf.reader import GgufFile
+from kvcast.llama import session_file
+from kvcast.planning.inspect_gguf import inspect
 from predictor_onnx.infer import resolve
 from shapes import write_shape
 from test_errors import command, one_sentence

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import naive
-from kvcast import Llama, native
-from kvcast.native import Attached
+from kvcast import Llama
+from kvcast.bindings import api as native
+from kvcast.bindings.context import Attached
 from lowlevel import Context
 
 F16, Q8_0, Q4_0, BF16 = 1, 8, 2, 30

@@ -17,7 +17,7 @@ import pytest
 from openai import APIError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError
 
 from kvcast import KvcastError, SparseConfig
-from kvcast.cache import DocumentCache
+from kvcast.chat.documents import DocumentCache
 from kvcast.server.settings import ConfigFile, ModelSettings, ServerSettings, checked, short_name
 from served import serve
 from test_errors import command, one_sentence

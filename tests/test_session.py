@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from kvcast import GenerationError, Llama, SparseConfig, predictors, session
+from kvcast import GenerationError, Llama, SparseConfig
+from kvcast.engine import session
+from kvcast.sparse import predictors
 from test_contract import logits_of
 
 

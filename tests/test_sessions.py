@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kvcast import Llama, SessionError, SparseConfig, session, session_file
+from kvcast import Llama, SessionError, SparseConfig
+from kvcast.engine import session
+from kvcast.llama import session_file
 from test_contract import logits_of
 from test_errors import command, one_sentence
 

@@ -5,7 +5,7 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from kvcast import Llama, SparseConfig
-from kvcast.speculative import VERIFY_TOKENS
+from kvcast.llama.speculative import VERIFY_TOKENS
 from test_contract import logits_of
 
 N_TOKENS = 40
@@ -119,7 +119,7 @@ def test_logits_of_all_tokens_where_they_are_asked_for(load):
 
 
 def test_the_server_takes_a_draft_model(small):
-    from kvcast.server.proxy import Proxy
+    from kvcast.server.model_manager import Proxy
     from kvcast.server.settings import ModelSettings
 
     said = []

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import naive
-from kvcast import Llama, SparseConfig, native
+from kvcast import Llama, SparseConfig
+from kvcast.bindings import api as native
+from kvcast.bindings.context import Attached
 from kvcast.errors import GenerationError
-from kvcast.native import Attached
 from test_scores import BF16, F16, Q4_0, Q8_0, compare, kernels, rows_as_float  # noqa: F401
 
 N = 1000  # tokens before the step

@@ -10,16 +10,16 @@ import pytest
 
 from conftest import ROOT
 from kvcast import InputError, KvcastError, Llama, ModelError
-from kvcast.chat import Conversation
+from kvcast.chat.conversation import Conversation
 from kvcast.limits import Limits
-from kvcast.template import ChatTemplate
+from kvcast.llama.template import ChatTemplate
 from shapes import write_shape
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import vendor
+from llama_cpp import llama_chat_format
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from llama_cpp import llama_chat_format  # isort: skip
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
+import vendor
 
 SMALL = Limits(template_seconds=0.5, template_characters=1 << 20)
 DOUBLED = "{%% set ns = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ %s }}"

@@ -10,9 +10,10 @@ import sys
 import pytest
 from rich.table import Table
 
-from kvcast import Llama, SessionError, native
-from kvcast.cache import DocumentCache
-from kvcast.gguf_file import GgufFile
+from kvcast import Llama, SessionError
+from kvcast.bindings.log import _plain_log
+from kvcast.chat.documents import DocumentCache
+from kvcast.gguf.reader import GgufFile
 from kvcast.terminal import PLAIN, Console, line, plain
 from shapes import write_shape
 from test_errors import command
@@ -119,14 +120,14 @@ def test_errors_that_quote(model, tmp_path, how):
 
 def test_words_of_llama_cpp(capfd):
 
-    native._plain_log(4, b"bad name '\x1b[2J\xff'\n")
-    native._plain_log(3, b"bad name '\x1b[2J\xff'\n")
+    _plain_log(4, b"bad name '\x1b[2J\xff'\n")
+    _plain_log(3, b"bad name '\x1b[2J\xff'\n")
     assert not obeys(capfd.readouterr().err)
 
 
 def test_titles_of_documents(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from kvcast import Llama; from kvcast.cache import DocumentCache;"
+        "import sys; from pathlib import Path; from kvcast import Llama; from kvcast.chat.documents import DocumentCache;"
         "llm = Llama(sys.argv[1], n_ctx=1024, n_batch=512, n_threads=1, verbose=False); tokens = [5] * 600; llm.eval(tokens);"
         "assert DocumentCache().save(llm, tokens, sys.argv[2] + chr(0xd800))"
     )

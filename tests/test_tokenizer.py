@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import DATA, ROOT
-from kvcast.library import CARRIED
+from kvcast.bindings.library import CARRIED
 from shapes import write_shape
 
 REFERENCE = ROOT / "build" / "reference" / "kvcast" / "lib"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kvcast.messages import for_template
-from kvcast.tool_calls import Choice, take_choice
+from kvcast.llama.messages import for_template
+from kvcast.llama.tool_calls import Choice, take_choice
 
 CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"], "$defs": {"City": {"type": "string"}}}
 HOUR = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"], "$defs": {"City": {"type": "integer"}}}

@@ -5,20 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from kvcast import Llama, SparseConfig, trace
+from kvcast import Llama, SparseConfig
 from kvcast.errors import KvcastError
+from kvcast.eval import record as trace
 from kvcast.eval import recovery
-from kvcast.history import DECAYS
 from predictor_onnx import data
+from predictor_onnx.features import DECAYS
+from predictor_onnx.recording import decode, encode, load
 from test_errors import command
 
 
 def test_codes():
     scores = np.array([1.0, 0.5, 1e-3, 2e-7, 0.0, 20.0], np.float32)
-    codes = trace.encode(scores)
+    codes = encode(scores)
     assert codes.min() == 1
-    np.testing.assert_allclose(trace.decode(codes)[:3], scores[:3], rtol=0.041)
-    assert trace.decode(codes)[4] == 0 and trace.decode(np.zeros(1, np.uint8)) == 0
+    np.testing.assert_allclose(decode(codes)[:3], scores[:3], rtol=0.041)
+    assert decode(codes)[4] == 0 and decode(np.zeros(1, np.uint8)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +36,21 @@ def recorded(smollm2, code, tmp_path_factory):
 
 def test_a_recording_rolls_to_the_history_of_the_loop(recorded):
     path, averages = recorded
-    t = trace.load(path)
+    t = load(path)
     assert t.truth.shape == (64 + 24, 90, 64) and t.seen.shape == t.estimate.shape == (24, 90, 64)
     assert t.about["document"] == "code" and t.about["config"]["budget"] == 256
     counts = (t.seen[3] != 0).sum(1)
     assert abs(counts.mean() - 16) < 1.1 and counts.std() > 1
-    np.testing.assert_allclose(trace.decode(t.truth[70]).sum(1), 1, atol=0.05)
+    np.testing.assert_allclose(decode(t.truth[70]).sum(1), 1, atol=0.05)
     samples = data.samples(t, every=8, n_rows_kept=64)
     assert len(samples) == 3 and samples[0].averages.shape == (90, 5, 58) and samples[2].rows.shape == (90, 64, 64)
     # rolled to the end by hand, against what the live loop held
     decays = np.array(DECAYS, np.float32)[None, :, None]
     rolled = np.zeros((90, 5, 64), np.float32)
-    for row in trace.decode(t.truth[:64]):
+    for row in decode(t.truth[:64]):
         rolled = decays * rolled + (1 - decays) * row[:, None]
     for codes in t.seen:
-        rolled = np.where((codes != 0)[:, None], decays * rolled + (1 - decays) * trace.decode(codes)[:, None], rolled)
+        rolled = np.where((codes != 0)[:, None], decays * rolled + (1 - decays) * decode(codes)[:, None], rolled)
     np.testing.assert_allclose(rolled[:, 3], averages[:, 3, :64], rtol=0.06, atol=1e-5)
 
 
@@ -56,7 +58,7 @@ def test_damaged_recordings_are_refused(tmp_path, recorded):
     for content in (b"", b"PK\x03\x04nothing", recorded[0].read_bytes()[:2000]):
         (tmp_path / "x.npz").write_bytes(content)
         with pytest.raises(KvcastError, match="not a recording"):
-            trace.load(tmp_path / "x.npz")
+            load(tmp_path / "x.npz")
 
 
 def test_trace_goes_on_where_it_stopped(tmp_path):

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from kvcast import GenerationError, Llama, SparseConfig, native
+from kvcast import GenerationError, Llama, SparseConfig
+from kvcast.bindings.log import _plain_log
 from shapes import write_shape
 from test_contract import logits_of
 from tiny import N_VOCAB, SHAPES, write_tiny
@@ -82,7 +83,7 @@ def test_chat_answers_at_once(llm):
 
 
 def test_langchain_s_batches(file):
-    ChatKvcast = pytest.importorskip("kvcast.langchain").ChatKvcast
+    ChatKvcast = pytest.importorskip("kvcast.integrations.langchain").ChatKvcast
     llm = Llama(file, n_ctx=512, n_threads=1, sparse=PATHS["host"], verbose=False)
     model = ChatKvcast(client=llm, max_tokens=4, temperature=0.0)
     questions = ["Why?", "Who?", "Where is it?"]
@@ -161,10 +162,10 @@ def test_no_signal_is_lost_in_what_llama_cpp_says(file, monkeypatch, verbose):
 def test_messages_that_nobody_can_read_are_no_error(monkeypatch):
     for broken in (open(os.devnull), io.TextIOWrapper(io.BytesIO(), encoding="ascii"), None):
         monkeypatch.setattr(sys, "stderr", broken)
-        native._plain_log(3, "é\n".encode())
+        _plain_log(3, "é\n".encode())
         if broken is not None:
             broken.close()
-            native._plain_log(3, b"x\n")
+            _plain_log(3, b"x\n")
 
 
 @pytest.mark.parametrize("path", ["host", "device"])

@@ -8,11 +8,12 @@ import itertools
 import numpy as np
 import pytest
 
-from kvcast import CallbackError, GenerationError, Llama, SparseConfig, native
-from kvcast.device import DeviceSession
-from kvcast.history import History
-from kvcast.pool import Pool
-from kvcast.session import Session
+from kvcast import CallbackError, GenerationError, Llama, SparseConfig
+from kvcast.blocks import BLOCK_TOKENS
+from kvcast.engine.device_path import DeviceSession
+from kvcast.engine.session import Session
+from kvcast.sparse.history import History
+from kvcast.sparse.pool import Pool
 from test_contract import logits_of
 from tiny import N_VOCAB, SHAPES, write_tiny
 
@@ -116,7 +117,7 @@ def true(llm, tokens):
     session = llm.session
     assert session.n_tokens == llm.n_tokens and not session.busy
     assert session._pending is None
-    n_used = -(-llm.n_tokens // native.BLOCK_TOKENS)
+    n_used = -(-llm.n_tokens // BLOCK_TOKENS)
     assert not session.history.averages[:, :, n_used:].any()
     if llm.sparse.device:
         assert session.attached.verify_pool() == 0
@@ -393,7 +394,7 @@ def test_drafts(models, monkeypatch, path):
 
 @pytest.mark.parametrize("path", ["host, small", "device, small", "host", "device"])
 def test_the_thread_beside_dies(models, monkeypatch, path):
-    from kvcast import session
+    from kvcast.engine import session
 
     monkeypatch.setattr(session, "OVERLAP_MIN", 0)
     llm, other = models(path)

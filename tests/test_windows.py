@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kvcast import Llama, SparseConfig
-from kvcast.cache import DocumentCache
-from kvcast.header import read_header
+from kvcast.chat.documents import DocumentCache
+from kvcast.gguf.header import read_header
 from test_contract import logits_of
 from tiny import N_VOCAB, SHAPES, write_tiny
 

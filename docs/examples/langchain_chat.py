@@ -11,7 +11,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
 from kvcast import Llama, SparseConfig, models
-from kvcast.langchain import ChatKvcast
+from kvcast.integrations.langchain import ChatKvcast
 
 parser = argparse.ArgumentParser()
 parser.add_argument("document", type=Path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import predictor_onnx  # noqa: F401 - turns the telemetry of dependencies off, before they are imported
 
+from .bindings.library import carry_llama_cpp
 from .errors import (
     ArgumentError,
     CallbackError,
@@ -20,12 +21,11 @@ from .errors import (
     SparseUntested,
 )
 from .folders import keep_compiled_kernels
-from .library import carry_llama_cpp
 from .limits import Limits
 
 if TYPE_CHECKING:
     from .config import SparseConfig
-    from .llama import Llama
+    from .llama.model import Llama
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ keep_compiled_kernels()
 def __getattr__(name: str) -> Any:
     """Llama and SparseConfig load the libraries, so they are imported when they are first asked for: plugins stay cheap to list."""
     if name == "Llama":
-        from .llama import Llama
+        from .llama.model import Llama
 
         return Llama
     if name == "SparseConfig":

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from . import arguments
-from .arguments import shown
+from .blocks import BLOCK_TOKENS
+from .checks import BELOW_1, INT32_MAX, Check, flag, number, optional, shown, text, whole
 from .errors import ArgumentError
-from .native import BLOCK_TOKENS
 
 POOL_STEP = 256  # tokens: of the device path's budgets
 PUBLISHED = ("quest", "streaming", "h2o", "snapkv")  # other methods, for evaluation
@@ -16,23 +15,23 @@ PREDICTORS = ("auto", "ema", "last", "window", "oracle", *PUBLISHED)
 
 
 TOKENS_MAX = 1 << 30
-_tokens = arguments.whole(-arguments.INT32_MAX, TOKENS_MAX)  # the least is said in a sentence of its own
-_CHECKS: dict[str, arguments.Check] = {
+_tokens = whole(-INT32_MAX, TOKENS_MAX)  # the least is said in a sentence of its own
+_CHECKS: dict[str, Check] = {
     "budget": _tokens,
-    "compression": arguments.optional(arguments.number(1.0, TOKENS_MAX)),
-    "predictor": arguments.text,
-    "predictor_on": arguments.text,
+    "compression": optional(number(1.0, TOKENS_MAX)),
+    "predictor": text,
+    "predictor_on": text,
     "sink": _tokens,
     "window": _tokens,
-    "hold": arguments.optional(arguments.whole(1, TOKENS_MAX)),
-    "calibrate": arguments.text,
-    "budgets": arguments.text,
-    "dense_layers": arguments.whole(0, TOKENS_MAX),
-    "min_recovery": arguments.number(0.0, arguments.BELOW_1),
-    "trace": arguments.flag,
-    "path": arguments.text,
-    "prefetch": arguments.flag,
-    "untested": arguments.flag,
+    "hold": optional(whole(1, TOKENS_MAX)),
+    "calibrate": text,
+    "budgets": text,
+    "dense_layers": whole(0, TOKENS_MAX),
+    "min_recovery": number(0.0, BELOW_1),
+    "trace": flag,
+    "path": text,
+    "prefetch": flag,
+    "untested": flag,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcast.session_file import LENGTH, MAGIC, STATE_HEADER, TAIL, VERSION
+from kvcast.llama.session_file import LENGTH, MAGIC, STATE_HEADER, TAIL, VERSION
 
 
 @dataclass(frozen=True)

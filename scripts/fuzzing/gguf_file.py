@@ -9,9 +9,9 @@ import zlib
 from pathlib import Path
 
 from kvcast import Llama, ModelError, SparseConfig
-from kvcast.embedded import embed
-from kvcast.inspection import inspect
-from kvcast.support import CANNOT_LOAD
+from kvcast.gguf.embedded_predictor import embed
+from kvcast.gguf.support import CANNOT_LOAD
+from kvcast.planning.inspect_gguf import inspect
 from predictor_onnx.infer import resolve
 from shapes import write_shape
 

@@ -11,7 +11,7 @@ import jsonschema
 from llama_cpp import LlamaGrammar, llama_grammar
 
 from kvcast import InputError, Llama
-from kvcast.grammar import check_grammar, grammar_of_schema
+from kvcast.llama.grammar import check_grammar, grammar_of_schema
 from shapes import write_shape
 
 from . import mutate

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from kvcast.embedded import Embedded
-from kvcast.history import History
-from kvcast.inspection import _about_predictor
-from kvcast.predictors import Learned
-from kvcast.selection import select
-from predictor_onnx.cli import card as show_card
+from kvcast.cli.predictor import card as show_card
+from kvcast.gguf.embedded_predictor import Embedded
+from kvcast.planning.inspect_gguf import _about_predictor
+from kvcast.sparse.history import History
+from kvcast.sparse.predictors import Learned
+from kvcast.sparse.selection import select
 from predictor_onnx.infer import PredictorError, StreamPredictor, examine, resolve
 from predictor_onnx.operators import follow
 from predictor_onnx.runtime import PREDICTION_S, open_session, unusable

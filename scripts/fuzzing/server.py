@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kvcast import SparseConfig
-from kvcast.cache import DocumentCache
+from kvcast.chat.documents import DocumentCache
 from kvcast.server.app import make_app
-from kvcast.server.desk import Desk
-from kvcast.server.proxy import Proxy
+from kvcast.server.model_manager import Proxy
+from kvcast.server.request_queue import Desk
 from kvcast.server.settings import ModelSettings, ServerSettings
 from shapes import write_shape
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvcast import Llama, SparseConfig
-from kvcast.cache import MIN_TOKENS, DocumentCache
-from kvcast.native import llama_cpp
-from kvcast.session_file import TAIL
+from kvcast.bindings.api import llama_cpp
+from kvcast.chat.documents import MIN_TOKENS, DocumentCache
+from kvcast.llama.session_file import TAIL
 from tiny import SHAPES, write_tiny
 
 from . import mutate

@@ -10,7 +10,8 @@ import numba
 from numba import types
 
 from injection.subject import N_TOKENS, PATHS, replaced, subject
-from kvcast import CallbackError, GenerationError, session
+from kvcast import CallbackError, GenerationError
+from kvcast.engine import session
 from predictor_onnx.runtime import unusable
 
 

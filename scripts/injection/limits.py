@@ -17,7 +17,7 @@ import os, random, resource, sys, tempfile
 from pathlib import Path
 from injection.subject import Subject, load
 from kvcast import KvcastError
-from kvcast.cache import DocumentCache
+from kvcast.chat.documents import DocumentCache
 
 seed, path, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 rng = random.Random(seed)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 
 from injection.subject import N_TOKENS, replaced, subject
-from kvcast import GenerationError, pool
+from kvcast import GenerationError
+from kvcast.sparse import pool
 
 
 def _prefetch(i: int, rng: random.Random, fault: Callable[[], None], failure: str | None) -> None:

@@ -1,6 +1,6 @@
 // What runs on several threads, for a thread sanitizer: the attention nodes and the choice of blocks (host path); and the
 // prefetch of the device path, whose worker reads the store, uploads, and takes in scores beside a step. Its real caller is
-// runtime/kvcast/device.py, which calls in this order. `make sanitize` builds and runs it: handover MODEL.gguf
+// runtime/kvcast/engine/device_path.py, which calls in this order. `make sanitize` builds and runs it: handover MODEL.gguf
 #include "kvcast.h"
 
 #include <algorithm>

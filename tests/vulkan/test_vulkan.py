@@ -11,8 +11,8 @@ import pytest
 os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")  # ggml leaves out devices that are CPUs unless they are named
 
 from kvcast import Llama, SparseConfig, models
-from kvcast.library import LIBRARY_DIR
-from kvcast.native import Attached
+from kvcast.bindings.context import Attached
+from kvcast.bindings.library import LIBRARY_DIR
 
 if not any(any(LIBRARY_DIR.glob(f"*ggml-{name}*")) for name in ("vulkan", "cuda")):
     pytest.skip("these libraries have no backend but the CPU's", allow_module_level=True)

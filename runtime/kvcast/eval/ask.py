@@ -10,15 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..chat import MARK, around_question
+import llama_cpp
+
+from ..chat.conversation import MARK, around_question
 from ..errors import KvcastError
-from ..llama import Llama
-from ..published import PROMPT_STEPS
+from ..llama.model import Llama
+from ..sparse.baselines import PROMPT_STEPS
 from .recovery import next_logits
 from .selectors import Selector
 from .tasks import Sample, sample
-
-import llama_cpp  # isort: skip  (after kvcast's own, which say where the libraries are)
 
 READ = "I have read it."
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..llama import Llama
-from ..published import PROMPT_STEPS
+from ..llama.model import Llama
+from ..sparse.baselines import PROMPT_STEPS
 from .recovery import measure
 from .selectors import Selector
 
@@ -28,7 +28,7 @@ def documents(llm: Llama, paths: Sequence[Path], n_tokens: int, limit: int) -> d
     """
     from predictor_onnx import data
 
-    from ..cli import DEFAULT_TEXT, read_text
+    from ..texts import DEFAULT_TEXT, read_text
 
     found: dict[str, list[int]] = {}
     longest = 0

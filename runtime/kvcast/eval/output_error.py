@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import native
+from ..blocks import BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from ..llama import Llama
+    from ..llama.model import Llama
 
 F16 = 1
 
@@ -69,7 +69,7 @@ class Outputs:
                 length = np.linalg.norm(whole, axis=-1)
                 for i, steps in enumerate(masks):
                     row = layer * info.n_head_kv + head
-                    kept = np.repeat(np.stack([m[row] for m in steps]), native.BLOCK_TOKENS, axis=1)[:, None, :n_cells]
+                    kept = np.repeat(np.stack([m[row] for m in steps]), BLOCK_TOKENS, axis=1)[:, None, :n_cells]
                     part = p * kept
                     part = part @ v[:, head] / part.sum(-1, keepdims=True)
                     sums[i] += (np.linalg.norm(part - whole, axis=-1) / length).mean()

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import native
+from ..bindings import api as native
+from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
-from ..llama import Llama
+from ..llama.model import Llama
 from .output_error import Outputs
 
 
@@ -104,7 +105,7 @@ def true_scores(llm: Llama, tokens: Sequence[int], on_step: Callable[[], None] |
     found, logits = [], []
     for token in tokens:
         session.dense_step(token, llm._decode, native.HISTORY)
-        n_used = -(-session.n_tokens // native.BLOCK_TOKENS)
+        n_used = -(-session.n_tokens // BLOCK_TOKENS)
         found.append(session.attached.history_scores[:, 0, :, :n_used].reshape(session.n_rows, n_used).copy())
         logits.append(next_logits(llm))
         if on_step is not None:
@@ -117,7 +118,7 @@ def steps_of(masks: Sequence[np.ndarray], truth: Sequence[np.ndarray], config: S
 
     Rows that attended to everything would flatter a method and are left out; steps of which nothing is left are nan.
     """
-    n_sink, n_window = config.sink // native.BLOCK_TOKENS, config.window // native.BLOCK_TOKENS
+    n_sink, n_window = config.sink // BLOCK_TOKENS, config.window // BLOCK_TOKENS
     found = np.full((len(masks), 3), np.nan)
     for i, (mask, scores) in enumerate(zip(masks, truth, strict=True)):
         n_used = scores.shape[1]
@@ -250,7 +251,7 @@ def measure(
             Recovery(
                 predictor=now.predictor,
                 path=now.path,
-                budget=now.budget_blocks(n_context) * native.BLOCK_TOKENS,
+                budget=now.budget_blocks(n_context) * BLOCK_TOKENS,
                 budgets=now.budgets,
                 hold=now.steps_held,
                 calibrate=now.calibrate,
@@ -287,7 +288,7 @@ def measure(
 def _copied(sources, tokens, n_context, masks, truth, dense, sparse) -> dict:
     held, right, right_dense = [], [], []
     for p, source in sources.items():
-        i, block = p - n_context, source // native.BLOCK_TOKENS
+        i, block = p - n_context, source // BLOCK_TOKENS
         mass = truth[i][:, block]
         held.append(float(mass[masks[i][:, block]].sum() / mass.sum()))
         right.append(sparse[i].argmax() == tokens[p + 1])

@@ -18,20 +18,19 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from llama_cpp.server.app import prepare_request_resources
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from .. import __version__
-from ..messages import for_template
+from ..llama.messages import for_template
 from .bounds import Bodies, busy
-from .desk import NOTHING_YET, Answer, Desk, Stopped
 from .errors import ApiError, add_handlers, error_body
-from .guard import Guard
+from .origin_guard import Guard
+from .request_queue import NOTHING_YET, Answer, Desk, Stopped
 from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import ServedLlama
 from .settings import ServerSettings
-
-from llama_cpp.server.app import prepare_request_resources  # isort: skip  (after kvcast's own, which say where the libraries are)
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {

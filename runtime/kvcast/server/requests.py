@@ -9,11 +9,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
+from llama_cpp.server import types as upstream
 from pydantic import BaseModel, Field, Strict, field_validator, model_validator
 
 from .errors import ApiError
-
-from llama_cpp.server import types as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
 
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction",

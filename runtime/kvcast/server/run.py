@@ -9,13 +9,13 @@ from typing import Any
 
 import uvicorn
 
-from ..cache import DocumentCache
+from ..chat.documents import DocumentCache
 from ..errors import KvcastError
 from ..terminal import PLAIN
 from .app import make_app
 from .connection import BACKLOG, bounded
-from .desk import Desk
-from .proxy import Proxy
+from .model_manager import Proxy
+from .request_queue import Desk
 from .settings import ModelSettings, ServerSettings
 
 

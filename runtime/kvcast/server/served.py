@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
-from ..cache import MIN_TOKENS, DocumentCache
-from ..chat import MARK, open_or_read, tokens_before_mark
+from ..chat.conversation import MARK, open_or_read, tokens_before_mark
+from ..chat.documents import MIN_TOKENS, DocumentCache
 from ..errors import ContextFull, GenerationError, KvcastError
-from ..gguf_file import GgufFile
-from ..llama import Llama
+from ..gguf.reader import GgufFile
+from ..llama.model import Llama
 from .completions import echoed, in_one_piece, with_offsets
-from .live import Live
-
-import llama_cpp  # isort: skip
+from .monitor import Live
 
 log = logging.getLogger("kvcast.server")
 

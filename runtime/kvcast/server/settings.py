@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llama_cpp.server import settings as upstream
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .. import models
@@ -18,8 +19,6 @@ from ..cores import usable_cores
 from ..errors import KvcastError
 from ..limits import Limits
 from .bounds import Bounds
-
-from llama_cpp.server import settings as upstream  # isort: skip  (after kvcast's own, which say where the libraries are)
 
 TEXT_ONLY = "kvcast runs text models only"
 NO_HUB = "fetch the file and give its path as model"

@@ -1,0 +1,1 @@
+"""kvcast.h in ctypes, and the library that has it."""

@@ -1,0 +1,5 @@
+"""``python -m kvcast.cli``."""
+
+from . import main
+
+main()

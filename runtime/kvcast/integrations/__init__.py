@@ -1,0 +1,1 @@
+"""kvcast in other people's tools."""

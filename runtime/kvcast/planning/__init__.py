@@ -1,0 +1,1 @@
+"""What a model would need, and what this machine has."""

@@ -1,0 +1,1 @@
+"""What to attend to: history, predictors, selection, pool."""
