@@ -117,7 +117,9 @@ build/sanitize/.built: $(wildcard runtime/native/* patches/*) tests/native/hando
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	PYTHONPATH=runtime:. $(BIN)/lint-imports --no-cache > build/lint-imports.log || ( cat build/lint-imports.log; false )
 
 # docs/cli.md and docs/api.md, from the code
 docs: $(VENV)/.installed

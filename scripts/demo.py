@@ -23,7 +23,7 @@ def answer(llm: Llama, document: str, question: str, n_tokens: int) -> tuple[str
     conversation = Conversation(llm, document)
     with progress("reading the document") as update:
         if llm.sparse is not None:
-            llm.session.on_progress = update
+            llm.session.observers.on_progress = update
         conversation.read()
     text = "".join(conversation.ask(question, max_tokens=n_tokens, temperature=0.0, repeat_penalty=1.1))
     return text, conversation
@@ -53,9 +53,9 @@ def main() -> None:
 
     llm = Llama(path, n_ctx=n_ctx, sparse=config, verbose=False)
     session = llm.session
-    session.on_attended = recorder = Recorder(llm)
+    session.observers.on_attended = recorder = Recorder(llm)
     said, conversation = answer(llm, document, options.question, options.tokens)
-    session.on_attended = None
+    session.observers.on_attended = None
     figures, times = conversation.figures, session.times
     console.print(f"[bold]sparse, {options.budget} of {llm.n_tokens:,} tokens per head and layer[/bold]\n{said.strip()}\n", highlight=False)
 

@@ -32,7 +32,6 @@ import numpy as np
 
 from kvcast import Llama, SparseConfig
 from kvcast.cores import usable_cores
-from kvcast.engine.session import StepTimes
 from kvcast.planning.link_simulator import measure_link
 
 RUN = 3  # critical blocks that lie side by side, in the mean: 3.0 to 4.4 in recordings of `kvcast trace`
@@ -93,19 +92,20 @@ def _replace(before, n_before, wanted, n_wanted, begin, end, share):
 
 def replay(session, shares: list[float]) -> None:
     """Have the session's sets change as much as a real model's did; the first one is drawn whole."""
-    select, at = session._select_wanted, itertools.cycle(shares)
+    path = session.path
+    select, at = path._select_wanted, itertools.cycle(shares)
     n_drawn = np.zeros(session.n_rows, np.int32)
 
-    def select_and_replace(n_used: int, rows: slice) -> None:
+    def select_and_replace(n_used: int, rows: slice, last: object) -> None:
         if rows.start == rows.stop and rows != slice(None):
             return
-        before = session._wanted[rows, : n_drawn[rows].max()].copy()
-        select(n_used, rows)
-        wanted, n_wanted = session._wanted[rows], session._n_wanted[rows]
-        _replace(before, n_drawn[rows], wanted, n_wanted, session._n_sink, n_used - session._n_window, next(at))
+        before = path._wanted[rows, : n_drawn[rows].max()].copy()
+        select(n_used, rows, last)
+        wanted, n_wanted = path._wanted[rows], path._n_wanted[rows]
+        _replace(before, n_drawn[rows], wanted, n_wanted, path._n_sink, n_used - path._n_window, next(at))
         n_drawn[rows] = n_wanted
 
-    session._select_wanted = select_and_replace
+    path._select_wanted = select_and_replace
 
 
 def record(model: Path, text: Path, n_context: int, budget: int, n_steps: int = 512) -> None:
@@ -117,7 +117,7 @@ def record(model: Path, text: Path, n_context: int, budget: int, n_steps: int = 
     for token in tokens[n_context:]:
         llm.eval([token])
     session = llm.session
-    critical = session.n_rows * (budget // 16 - session._n_fixed)
+    critical = session.n_rows * (budget // 16 - session.path._n_fixed)
     moves = session.times.moves[config.steps_held + 1 :]  # without the first, which fills the pool
     shares = [sum(moves[i : i + config.steps_held]) / critical for i in range(0, len(moves), config.steps_held)]
     known = json.loads(CHURN.read_text()) if CHURN.exists() else {}
@@ -180,7 +180,7 @@ class Table:
     def sparse(self, llm: Llama, n_context: int, how: str, config: SparseConfig, **more) -> None:
         llm.session.configure(config)
         rounds(llm, n_context, self.options.steps, 0)
-        llm.session.times = StepTimes()
+        llm.session.reset_stats()
         tok_s = rounds(llm, n_context, self.options.steps, self.options.rounds)
         times, session = llm.session.times, llm.session
         parts = {name: times.ms(getattr(times, name)) for name in ("total", "wait", "predict", "select", "gather", "observe")}
@@ -188,7 +188,7 @@ class Table:
         if config.device:
             pool = session.attached.pool_info
             more["device_kv_mib"] = (pool.pool_bytes + pool.staging_bytes + pool.tap_bytes) / 2**20
-            more["moved_mb_per_step"] = sum(times.moves) * session.pool.bytes_per_move / 1e6 / times.n_steps
+            more["moved_mb_per_step"] = sum(times.moves) * session.path.pool.bytes_per_move / 1e6 / times.n_steps
             more["wrong_blocks"] = session.attached.verify_pool()
         self.add(
             context=n_context, how=how, tok_s=tok_s, gpu_mib=gpu_memory_mib() - self.empty_mib, **more,
@@ -242,7 +242,7 @@ def main() -> None:
         if "device" in options.paths:
             config = SparseConfig(budget=options.budget or max(2048, n_context // 16), path="device")
             llm, prefill = table.load(n_context, sparse=config)
-            link = measure_link(llm.session)
+            link = measure_link(llm.session.path)
             info = llm.session.attached.info
             whole = info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes)
             table.add(context=n_context, how="the whole KV to the GPU at every step, copies alone", tok_s=1 / link.seconds(whole))

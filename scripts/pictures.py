@@ -37,10 +37,10 @@ def host(path: Path) -> None:
         n_group = attached.info.n_head // attached.info.n_head_kv
         tokens_seen = llm.attention_row(LAYER)[HEAD * n_group : (HEAD + 1) * n_group, : 16 * n_blocks].mean(0)
         truth = tokens_seen.reshape(n_blocks, 16).sum(1)
-        forecast = session.weights[row, :n_blocks] ** 2  # what the step was given: the roots
+        forecast = session.path.weights[row, :n_blocks] ** 2  # what the step was given: the roots
         estimate = attached.estimates[LAYER, HEAD, :n_blocks].copy()
-        attended = np.isin(np.arange(n_blocks), session.attended[row, : session.n_attended[row]])
-        begin, end = session.free_range
+        attended = np.isin(np.arange(n_blocks), session.result.blocks[row, : session.result.n_attended[row]])
+        begin, end = session.path.free_range
     free = (np.arange(n_blocks) >= begin) & (np.arange(n_blocks) < end)
     colours = np.where(attended, np.where(free, CHOSEN, KEPT), LEFT)
     fig, axes = plt.subplots(3, 1, figsize=(10, 6), sharex=True, layout="constrained")

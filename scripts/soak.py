@@ -35,7 +35,7 @@ def verify(n_steps: int) -> None:
         llm.eval([token])
         wrong = llm.session.attached.verify_pool()
         assert wrong == 0, f"{wrong} slots differ after step {i}"
-    print(f"verify: {n_steps} steps, every slot equal to the store after each; {llm.session.pool.n_moved} blocks moved")
+    print(f"verify: {n_steps} steps, every slot equal to the store after each; {llm.session.path.pool.n_moved} blocks moved")
     llm.close()
 
 

@@ -144,8 +144,8 @@ def test_in_a_later_turn(load, config):
 
 def test_a_turn_that_goes_on_reads_what_is_new_only(load, monkeypatch):
     llm = load()
-    sizes, evaluate = [], llm._evaluate
-    monkeypatch.setattr(llm, "_evaluate", lambda tokens: (sizes.append(len(tokens)), evaluate(tokens)))
+    sizes, decode = [], llm.session.decode
+    monkeypatch.setattr(llm.session, "decode", lambda tokens, n_past: (sizes.append(len(tokens)), decode(tokens, n_past)))
     tokens, _ = answer(llm)
     assert sizes == [128, 128, 128, 128, 124, 64, *[1] * (N_ANSWER - 1)]
     sizes.clear()

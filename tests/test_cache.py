@@ -121,11 +121,11 @@ def test_a_conversation_says_whether_it_was_kept(load, code, tmp_path):
 def test_reading_can_be_stopped_quietly(small, code, capfd):
     llm = Llama(small, sparse=SparseConfig(budget=256), **SHARED)
     conversation = Conversation(llm, code[:4000])
-    llm.session.on_progress = lambda *_: conversation.stop()
+    llm.session.observers.on_progress = lambda *_: conversation.stop()
     with pytest.raises(GenerationError):
         conversation.read()
     assert conversation.stopped and "graph_compute" not in capfd.readouterr().err
-    llm.session.on_progress = None
+    llm.session.observers.on_progress = None
     conversation.read()
     assert llm.n_tokens > 1000 and not conversation.stopped
     llm.close()

@@ -114,7 +114,7 @@ def test_exact_rows_agree_with_the_block_scores(llm, code):
     llm.eval([tokens[500]])
     row = llm.attention_row(2)
     assert row.shape == (info.n_head, 501)
-    n, blocks = llm.session.n_attended.reshape(4, 3)[2, 1], llm.session.attached.blocks[2, 1]
+    n, blocks = llm.session.result.n_attended.reshape(4, 3)[2, 1], llm.session.attached.blocks[2, 1]
     held = np.isin(np.arange(501) // 16, blocks[:n])
     expected = [row[h, np.arange(501) // 16 == blocks[0]].sum() / row[h, held].sum() for h in range(3, 6)]
     np.testing.assert_allclose(llm.session.attached.scores[2, 1, 0], np.mean(expected), rtol=2e-3)

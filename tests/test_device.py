@@ -10,7 +10,7 @@ import naive
 from conftest import DATA
 from kvcast import GenerationError, Llama, SparseConfig
 from kvcast.engine import device_path as device
-from kvcast.engine.device_path import DeviceSession
+from kvcast.engine.device_path import DevicePath
 from kvcast.eval import sweep
 from kvcast.planning import link_simulator as link
 from kvcast.sparse import pool
@@ -75,7 +75,7 @@ def test_staged_blocks_are_those_of_the_store(small, kind):
     tokens = llm.tokenize((DATA / "code.txt").read_bytes())
     llm.eval(tokens[:400])
     llm.eval([tokens[400]])
-    p, info = llm.session.pool, llm.session.attached.info
+    p, info = llm.session.path.pool, llm.session.attached.info
     rng = np.random.default_rng(1)
     n = 12
     rows, slots, blocks = p._moves[1]
@@ -96,7 +96,7 @@ def test_the_pool_holds_what_its_table_says(small, code, kinds, budgets):
     config = SparseConfig(budget=512, path="device", budgets=budgets, hold=3)
     llm = Llama(small, n_ctx=2048, sparse=config, type_k=kinds[0], type_v=kinds[1], n_threads=2, n_threads_batch=2, verbose=False)
     run(llm, llm.tokenize(code.encode()), 1400, 40)
-    slots = llm.session.pool.n_slots
+    slots = llm.session.path.pool.n_slots
     assert slots.mean() == 32 and (slots % 16 == 0).all() and (slots.std() > 0) == (budgets == "spread")
     assert llm.session.attached.pool_info.device == b"CPU"
     assert sum(llm.session.times.moves) > 0
@@ -119,8 +119,8 @@ def test_from_a_short_context_past_the_budget(make, code):
             dense.eval([token])
             if i % 40 == 0:
                 assert np.abs(logits_of(llm) - logits_of(dense)).max() < 1.8
-                assert (llm.session.n_attended == -(-llm.n_tokens // 16)).all()
-    assert (llm.session.n_attended == 32).all()
+                assert (llm.session.result.n_attended == -(-llm.n_tokens // 16)).all()
+    assert (llm.session.result.n_attended == 32).all()
     dense.close()
 
 
@@ -130,7 +130,7 @@ def test_every_calibration_and_predictor(make, code, calibrate, predictor):
     llm = make(calibrate=calibrate, predictor=predictor, hold=2)
     run(llm, llm.tokenize(code.encode()), 1000, 25)
     if predictor == "window":
-        assert (llm.session.n_listed == 5).all()  # sink and window
+        assert (llm.session.path.n_listed == 5).all()  # sink and window
 
 
 @pytest.mark.parametrize("predictor", ["onnx:paper", "h2o", "quest"])
@@ -147,8 +147,7 @@ def test_threads_that_select_change_nothing(make, code, monkeypatch, on_gpu):
         monkeypatch.setattr(llm.session.predictor, "on_gpu", on_gpu)
         if n_helpers:
             monkeypatch.setattr(device, "PART_MIN", 1)
-            llm.session._helpers = ThreadPoolExecutor(n_helpers)
-            llm.session._n_parts = n_helpers
+            llm.session.path._helpers = ThreadPoolExecutor(n_helpers)
         logits.append(run(llm, llm.tokenize(code.encode()), 1000, 12))
     np.testing.assert_array_equal(*logits)
 
@@ -189,15 +188,15 @@ def test_prefetch_changes_nothing_but_the_time(make, code):
     for prefetch in (True, True, False):
         llm = make(prefetch=prefetch, hold=4, calibrate="off")
         logits.append(run(llm, llm.tokenize(code.encode()), 1000, 30))
-        assert (llm.session._worker is not None) == prefetch
-        sets.append({(r, b) for r in range(12) for b in llm.session.blocks[r, : llm.session.n_listed[r]]})
+        assert (llm.session.path.worker.thread is not None) == prefetch
+        sets.append({(r, b) for r in range(12) for b in llm.session.path.blocks[r, : llm.session.path.n_listed[r]]})
     np.testing.assert_array_equal(logits[0], logits[1])
     assert len(sets[0] & sets[2]) / len(sets[0]) > 0.8
 
 
 @pytest.mark.sanitize
 def test_a_late_prefetch_is_waited_for(make, code, monkeypatch):
-    stage, wait = pool.Pool.stage, DeviceSession._wait
+    stage, wait = pool.Pool.stage, DevicePath._wait
     step_done, n_late = threading.Event(), 0
 
     def late(self, *arguments):
@@ -209,7 +208,7 @@ def test_a_late_prefetch_is_waited_for(make, code, monkeypatch):
         return stage(self, *arguments)
 
     def waits(self):
-        if self._pending is not None:
+        if self.worker.busy:
             step_done.set()
         wait(self)
 
@@ -217,7 +216,7 @@ def test_a_late_prefetch_is_waited_for(make, code, monkeypatch):
     for delayed in (False, True):
         if delayed:
             monkeypatch.setattr(pool.Pool, "stage", late)
-            monkeypatch.setattr(DeviceSession, "_wait", waits)
+            monkeypatch.setattr(DevicePath, "_wait", waits)
         llm = make(hold=2)
         logits.append(run(llm, llm.tokenize(code.encode()), 1000, 30))
     np.testing.assert_array_equal(*logits)
@@ -282,9 +281,9 @@ def test_the_simulator_takes_a_real_trace(make, code):
     run(llm, llm.tokenize(code.encode()), 1000, 20, verify=False)
     moves = llm.session.times.moves
     assert len(moves) == 20 and moves[0] == 12 * 16 and sum(moves[1:]) > 0
-    measured = link.measure_link(llm.session)
+    measured = link.measure_link(llm.session.path)
     assert measured.bytes_per_s > 1e7 and 0 < measured.latency_s < 1
-    assert link.simulate(moves, llm.session.pool.bytes_per_move, measured, 0.01, 0.0, 0.001).bytes_per_step > 0
+    assert link.simulate(moves, llm.session.path.pool.bytes_per_move, measured, 0.01, 0.0, 0.001).bytes_per_step > 0
 
 
 def test_sweep_and_its_picture(small, code, tmp_path):

@@ -89,7 +89,9 @@ def test_edits_drop_what_is_known_past_the_cut(small, code):
     assert history.epoch > epoch
     assert not history.averages[:, :, 26:].any()
     assert history.averages[:, 3, 1:25].any()
-    assert llm.session.blocks.max(initial=0, where=np.arange(llm.session.blocks.shape[1]) < llm.session.n_listed[:, None]) <= 25
+    assert (
+        llm.session.path.blocks.max(initial=0, where=np.arange(llm.session.path.blocks.shape[1]) < llm.session.path.n_listed[:, None]) <= 25
+    )
     llm.close()
 
 
@@ -183,16 +185,16 @@ def test_a_bad_list_stops_the_step_and_nothing_is_lost(small, code):
     session = llm.session
     n = llm.n_tokens
 
-    place = session._place_set
+    place = session.path._place
 
-    def spoil(n_used):
-        place(n_used)
+    def spoil(*arguments):
+        place(*arguments)
         session.attached.blocks[3, 1, 0] = 31
 
-    session._place_set = spoil
+    session.path._place = spoil
     with pytest.raises(GenerationError, match="layer 3, KV head 1"):
         llm.eval([tokens[301]])
-    session._place_set = place
+    session.path._place = place
     assert llm.n_tokens == n
     llm.eval([tokens[301]])
     assert llm.n_tokens == n + 1

@@ -85,10 +85,10 @@ def attended(llm, tokens, n_context, name, n_steps=40):
     llm.reset()
     llm.eval(tokens[:n_context])
     llm.session.configure(selectors.selector(name, 256).config)
-    llm.session.on_attended = recorder = recovery.Recorder(llm)
+    llm.session.observers.on_attended = recorder = recovery.Recorder(llm)
     for token in tokens[n_context : n_context + n_steps]:
         llm.eval([token])
-    llm.session.on_attended = None
+    llm.session.observers.on_attended = None
     return np.stack(recorder.masks)
 
 

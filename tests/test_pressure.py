@@ -9,7 +9,7 @@ import pytest
 from conftest import DATA
 from kvcast import KvcastError, Llama, ModelError, SessionError, SparseConfig
 from kvcast.chat import documents as cache
-from kvcast.engine import session
+from kvcast.engine import saving, session
 from test_contract import logits_of
 
 # with an address space that has no room for much more: what needs it fails, all else works
@@ -92,7 +92,7 @@ def test_allocations_that_fail_in_python(small, code, tmp_path, monkeypatch, pat
         assert llm.session.predictor is before and llm.session.config == config
     with monkeypatch.context() as m:
         m.setattr(np, "savez", no_memory)
-        other.session.save(other.n_tokens)  # what trying to save does to the session in hand
+        saving.save(other.session, other.n_tokens)  # what trying to save does to the session in hand
         with pytest.raises(SessionError, match="memory ran out"):
             llm.save_session(tmp_path / "x")
         with pytest.raises(KvcastError, match="cannot be kept"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvcast import GenerationError, Llama, SparseConfig
-from kvcast.engine import session
+from kvcast.engine import host_path
 from kvcast.sparse import predictors
 from test_contract import logits_of
 
@@ -31,13 +31,13 @@ def run(llm, tokens, n_context, n_steps):
 
 
 def test_selection_beside_the_step_is_deterministic(make, code, monkeypatch):
-    monkeypatch.setattr(session, "OVERLAP_MIN", 0)
+    monkeypatch.setattr(host_path, "OVERLAP_MIN", 0)
     runs = []
     for _ in range(2):
         llm = make(calibrate="dense:24")
         tokens = llm.tokenize(code.encode())
         runs.append(run(llm, tokens, 1000, 60))
-        assert llm.session._worker is not None
+        assert llm.session.path.worker.thread is not None
         assert llm.session.times.n_steps == 60
     np.testing.assert_array_equal(*runs)
 
@@ -46,17 +46,17 @@ def test_selection_beside_the_step_sees_the_step_before(make, code, monkeypatch)
     """The sets of both ways differ by one step of scores, not more."""
     sets = []
     for least in (1 << 60, 0):
-        monkeypatch.setattr(session, "OVERLAP_MIN", least)
+        monkeypatch.setattr(host_path, "OVERLAP_MIN", least)
         llm = make(calibrate="off")
         tokens = llm.tokenize(code.encode())
         run(llm, tokens, 1000, 9)
-        sets.append({(r, b) for r in range(llm.session.n_rows) for b in llm.session.blocks[r, : llm.session.n_listed[r]]})
+        sets.append({(r, b) for r in range(llm.session.n_rows) for b in llm.session.path.blocks[r, : llm.session.path.n_listed[r]]})
     common = len(sets[0] & sets[1]) / len(sets[0])
     assert 0.85 < common <= 1
 
 
 def test_a_selection_that_fails_beside_the_step_is_an_error_and_the_session_goes_on(make, code, monkeypatch):
-    monkeypatch.setattr(session, "OVERLAP_MIN", 0)
+    monkeypatch.setattr(host_path, "OVERLAP_MIN", 0)
     llm = make(calibrate="off")
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:1000])
@@ -83,7 +83,7 @@ def test_calibration_attends_to_everything_at_its_interval(make, code):
     llm = make(calibrate="dense:5")
     tokens = llm.tokenize(code.encode())
     full = []
-    llm.session.on_attended = lambda position: full.append(bool((llm.session.n_attended == position // 16 + 1).all()))
+    llm.session.observers.on_attended = lambda position: full.append(bool((llm.session.result.n_attended == position // 16 + 1).all()))
     run(llm, tokens, 1000, 20)
     assert full == [i % 5 == 4 for i in range(20)]
 
@@ -94,11 +94,11 @@ def test_host_calibration_takes_the_layers_in_turn(make, code):
     full = []
 
     def note(position):
-        n = llm.session.n_attended.reshape(llm.session.attached.info.n_layer, -1)
+        n = llm.session.result.n_attended.reshape(llm.session.attached.info.n_layer, -1)
         full.append(set(np.flatnonzero((n == position // 16 + 1).all(1)).tolist()))
         assert (np.delete(n, list(full[-1]), 0) <= 17).all()
 
-    llm.session.on_attended = note
+    llm.session.observers.on_attended = note
     run(llm, tokens, 1000, 20)
     assert all(len(layers) == 2 for layers in full)
     assert set().union(*full[:2]) == set(range(4))
@@ -108,8 +108,8 @@ def test_spread_keeps_the_total(make, code):
     llm = make(budgets="spread", calibrate="off", budget=320)
     tokens = llm.tokenize(code.encode())
     run(llm, tokens, 1200, 1)
-    assert llm.session.n_listed.sum() == 20 * llm.session.n_rows
-    assert llm.session.n_listed.std() > 1
+    assert llm.session.path.n_listed.sum() == 20 * llm.session.n_rows
+    assert llm.session.path.n_listed.std() > 1
 
 
 def test_predictors_and_compression(make, code):
@@ -117,19 +117,19 @@ def test_predictors_and_compression(make, code):
         llm = make(calibrate="off", **config)
         tokens = llm.tokenize(code.encode())
         run(llm, tokens, 1000, 3)
-        mean = llm.session.n_listed.mean()
+        mean = llm.session.path.n_listed.mean()
         assert mean == (5 if config.get("predictor") == "window" else 15 if "compression" in config else 16)
 
 
 def test_dense_layers_attend_to_everything(make, smollm2, code):
     llm = make(smollm2, dense_layers=2)
     run(llm, llm.tokenize(code.encode()), 1000, 3)
-    n = llm.session.n_attended.reshape(llm.session.attached.info.n_layer, -1)
+    n = llm.session.result.n_attended.reshape(llm.session.attached.info.n_layer, -1)
     assert (n[:2] == -(-1003 // 16)).all() and 13 < n[2:].mean() < 17
 
 
 def note_full(session, into):
-    return lambda position: into.append(bool((session.n_attended == position // 16 + 1).all()))
+    return lambda position: into.append(bool((session.result.n_attended == position // 16 + 1).all()))
 
 
 @pytest.mark.parametrize("path", ["host", "device"])
@@ -138,7 +138,7 @@ def test_a_poor_step_is_followed_by_one_over_everything(make, code, path):
     for minimum, expected in ((0.999, [False, True] * 4), (0.01, [False] * 8)):
         llm = make(min_recovery=minimum, path=path)
         tokens, full = llm.tokenize(code.encode()), []
-        llm.session.on_attended = note_full(llm.session, full)
+        llm.session.observers.on_attended = note_full(llm.session, full)
         run(llm, tokens, 1000, 8)
         assert full == expected
 

@@ -39,8 +39,9 @@ def greedy(llm, prompt, n=N_TOKENS):
 
 def watch(llm, monkeypatch):
     """Sizes of the batches that are evaluated."""
-    sizes, evaluate = [], llm._evaluate
-    monkeypatch.setattr(llm, "_evaluate", lambda tokens: (sizes.append(len(tokens)), evaluate(tokens)))
+    owner, name = (llm, "_decode") if llm.sparse is None else (llm.session, "decode")
+    sizes, decode = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda tokens, n_past: (sizes.append(len(tokens)), decode(tokens, n_past)))
     return sizes
 
 

@@ -114,16 +114,16 @@ def test_an_impossible_choice_stops_the_step(small, code):
     llm = Llama(small, n_ctx=1024, sparse=SparseConfig(budget=256), n_threads=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:600])
-    place = llm.session._place_set
+    place = llm.session.path._place
 
-    def spoil(n_used):
-        place(n_used)
+    def spoil(*arguments):
+        place(*arguments)
         llm.session.attached.n_free[2, 1] = 40
 
-    llm.session._place_set = spoil
+    llm.session.path._place = spoil
     with pytest.raises(GenerationError, match="layer 2, KV head 1 cannot choose 40 blocks"):
         llm.eval([tokens[600]])
-    llm.session._place_set = place
+    llm.session.path._place = place
     assert llm.n_tokens == 600
     llm.eval([tokens[600]])
     llm.close()
@@ -143,7 +143,7 @@ def test_edits_drop_the_summary_of_what_was_edited(small, code, prose):
         llm.eval(tokens[llm.n_tokens : 1000])
         for token in tokens[1000:1010]:
             llm.eval([token])
-        sets = [set(r[:n].tolist()) for r, n in zip(llm.session.blocks, llm.session.n_attended)]
+        sets = [set(r[:n].tolist()) for r, n in zip(llm.session.path.blocks, llm.session.result.n_attended)]
         found.append(sets)
         llm.close()
     same = np.mean([len(a & b) / len(a) for a, b in zip(*found)])

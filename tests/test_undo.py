@@ -4,13 +4,15 @@ undisturbed model computes."""
 import contextlib
 import ctypes
 import itertools
+import operator
 
 import numpy as np
 import pytest
 
 from kvcast import CallbackError, GenerationError, Llama, SparseConfig
 from kvcast.blocks import BLOCK_TOKENS
-from kvcast.engine.device_path import DeviceSession
+from kvcast.engine.device_path import DevicePath
+from kvcast.engine.guard import Guard
 from kvcast.engine.session import Session
 from kvcast.sparse.history import History
 from kvcast.sparse.pool import Pool
@@ -116,12 +118,12 @@ def true(llm, tokens):
         return
     session = llm.session
     assert session.n_tokens == llm.n_tokens and not session.busy
-    assert session._pending is None
+    assert not session.path.worker.busy
     n_used = -(-llm.n_tokens // BLOCK_TOKENS)
     assert not session.history.averages[:, :, n_used:].any()
     if llm.sparse.device:
         assert session.attached.verify_pool() == 0
-        assert session.blocks.max() < n_used
+        assert session.path.blocks.max() < n_used
 
 
 def goes_on(llm, other, exact):
@@ -145,10 +147,10 @@ def alike(got, expected, share):
 OF_PROMPTS = {  # what raises
     "decode": (lambda llm: (llm._ctx, "decode")),
     "collect": (lambda llm: (llm.session.attached, "collect")),
-    "finish": (lambda llm: (type(llm.session), "finish_decode")),
-    "run": (lambda llm: (type(llm.session), "_run")),
+    "finish": (lambda llm: (type(llm.session.path), "finish_batch")),
+    "run": (lambda llm: (Session, "_run_batch")),
     "observe all": (lambda llm: (History, "observe_all")),
-    "guard": (lambda llm: (Session, "_guard")),
+    "guard": (lambda llm: (Guard, "fails")),
     "end prompt": (lambda llm: (llm.session.attached, "end_prompt")),
     "checkpoint": (lambda llm: (llm.session.checkpoints, "ended")),
     "state": (lambda llm: (Session, "_state")),
@@ -156,16 +158,17 @@ OF_PROMPTS = {  # what raises
 OF_STEPS = {
     "decode": OF_PROMPTS["decode"],
     "collect": OF_PROMPTS["collect"],
-    "finish": OF_PROMPTS["finish"],
-    "run": OF_PROMPTS["run"],
-    "place set": (lambda llm: (type(llm.session), "_place_set")),
+    "finish": (lambda llm: (type(llm.session.path), "finish")),
+    "run": (lambda llm: (llm.session, "decode")),
+    "prepare": (lambda llm: (type(llm.session.path), "prepare")),
+    "place set": (lambda llm: (type(llm.session.path), "_place")),
     "predict": (lambda llm: (type(llm.session.predictor), "predict")),
     "observe": (lambda llm: (Session, "_observe")),
-    "learn": (lambda llm: (Session, "_learn")),
+    "learn": (lambda llm: (type(llm.session.path), "_learn")),
     "observe listed": (lambda llm: (History, "observe_listed")),
 }
 OF_DEVICE = {
-    "take scores": (lambda llm: (DeviceSession, "_take_scores")),
+    "take scores": (lambda llm: (DevicePath, "_learn_later")),
     "put": (lambda llm: (Pool, "put")),
     "upload": (lambda llm: (Pool, "upload")),
     "apply": (lambda llm: (Pool, "apply")),
@@ -243,7 +246,7 @@ def test_a_signal_in_a_compiled_kernel(models, monkeypatch, path):
     error, inner = (SystemError("returned a result with an exception set") for _ in range(2))
     error.__cause__, inner.__cause__ = inner, KeyboardInterrupt()
     with monkeypatch.context() as patched:
-        Fault(patched, type(llm.session), "_run", 1, error)
+        Fault(patched, llm.session, "decode", 1, error)
         with pytest.raises(KeyboardInterrupt):
             llm.eval([TOKENS[N_PROMPT]])
     true(llm, TOKENS)
@@ -352,10 +355,10 @@ def test_reading_that_is_stopped_between_two_batches(models, path, how):
 
     for n_before in (0, N_PROMPT):
         answers(llm) if n_before else llm.reset()
-        llm.session.on_progress = stop
+        llm.session.observers.on_progress = stop
         with pytest.raises(KeyboardInterrupt if how == "raise" else GenerationError, match=None if how == "raise" else "stopped"):
             llm.eval(TOKENS[llm.n_tokens : llm.n_tokens + 350])
-        llm.session.on_progress = None
+        llm.session.observers.on_progress = None
         true(llm, TOKENS)
         if not n_before:
             assert llm.n_tokens == 256
@@ -379,12 +382,12 @@ def test_a_generation_that_is_closed(models, path):
 def test_drafts(models, monkeypatch, path):
     llm, other = models(path, draft=True)
     for error, (owner, name) in itertools.product(
-        ERRORS, (("_ctx", "decode"), ("session", "finish_decode"), ("session", "_run"), ("session", "_drop_set"))
+        ERRORS, (("_ctx", "decode"), ("session.path", "finish_batch"), ("session", "_run_batch"), ("session.path", "drop"))
     ):
         llm.reset()
         llm.eval(TOKENS[:N_PROMPT])
         with monkeypatch.context() as patched:
-            Fault(patched, getattr(llm, owner), name, 2, error)
+            Fault(patched, operator.attrgetter(owner)(llm), name, 2, error)
             with pytest.raises(raised_as(error)):
                 for i in range(0, 30, 6):
                     llm.eval(TOKENS[N_PROMPT + i : N_PROMPT + i + 6])
@@ -394,16 +397,16 @@ def test_drafts(models, monkeypatch, path):
 
 @pytest.mark.parametrize("path", ["host, small", "device, small", "host", "device"])
 def test_the_thread_beside_dies(models, monkeypatch, path):
-    from kvcast.engine import session
+    from kvcast.engine import host_path
 
-    monkeypatch.setattr(session, "OVERLAP_MIN", 0)
+    monkeypatch.setattr(host_path, "OVERLAP_MIN", 0)
     llm, other = models(path)
     llm.eval(TOKENS[:N_PROMPT])
     n = N_PROMPT
-    while llm.session._worker_thread is None or not llm.session._worker_thread.is_alive():
+    while llm.session.path.worker.thread is None or not llm.session.path.worker.thread.is_alive():
         llm.eval([TOKENS[n]])
         n += 1
-    thread = llm.session._worker_thread
+    thread = llm.session.path.worker.thread
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
     with pytest.raises(GenerationError, match="beside the step failed"):
         for token in TOKENS[n : n + 20]:
@@ -415,13 +418,13 @@ def test_the_thread_beside_dies(models, monkeypatch, path):
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_an_undoing_that_is_interrupted_is_done_by_what_comes_next(models, monkeypatch, path):
     llm, other = models(path)
-    for name in ("_settle", "_clear_set", "truncate"):
+    for owner, name in ((llm.session.path, "settle"), (llm.session.path, "clear"), (llm.session, "truncate")):
         llm.reset()
         llm.eval(TOKENS[:N_PROMPT])
         llm.eval([TOKENS[N_PROMPT]])
         with monkeypatch.context() as patched:
             Fault(patched, llm._ctx, "decode", 1, RuntimeError("llama_decode returned -3"))
-            Fault(patched, llm.session, name, 1, KeyboardInterrupt())
+            Fault(patched, owner, name, 1, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
                 llm.eval([TOKENS[N_PROMPT + 1]])
         assert llm.n_tokens == N_PROMPT + 1 and llm.session.busy

@@ -59,7 +59,7 @@ def test_dense_layers_are_the_models_first(load, tokens):
         llm = load(budget=256, dense_layers=n_dense)
         llm.eval(tokens[:600])
         llm.eval([tokens[600]])
-        n_attended = llm.session.n_attended.reshape(2, 2)
+        n_attended = llm.session.result.n_attended.reshape(2, 2)
         assert [(n == 38).all() for n in n_attended] == everything, n_dense
 
 
@@ -70,7 +70,7 @@ def test_an_error_names_the_layer_of_the_model(load, tokens):
     attached.blocks[1, 0, :3] = 0, 2, 1
     attached.n_listed[:], attached.n_listed[1, 0] = 26, 3
     attached.blocks[0], attached.blocks[1, 1] = (np.arange(attached.info.n_blocks) for _ in range(2))
-    llm.session._age, llm.session._n_listed_blocks = 1, 26
+    llm.session.path._age, llm.session.path._n_known = 1, 26
     with pytest.raises(Exception, match="block list of layer 5, KV head 0"):
         llm.eval([tokens[400]])
 
@@ -81,7 +81,7 @@ def test_going_back(load, file, tokens, path):
     llm = load(path, budget=1536)
     dense = Llama(file, n_ctx=1536, flash_attn=True, offload_kqv=False, n_threads=2, n_threads_batch=2, verbose=False)  # swa_full
     at, ran = 0, []
-    llm.session.on_progress = lambda done, total: ran.append(total)
+    llm.session.observers.on_progress = lambda done, total: ran.append(total)
     for n_kept, n_new, again in ((0, 900, 900), (880, 1, 1), (830, 5, 5), (300, 1, 301), (290, 3, 3), (20, 200, 220), (0, 70, 70)):
         ran.clear()
         for model in (llm, dense):
@@ -108,7 +108,7 @@ def test_state_and_documents(load, tokens, path, tmp_path):
     llm.eval([tokens[900]])
     expected = logits_of(llm)
     ran = []
-    llm.session.on_progress = lambda done, total: ran.append(total)
+    llm.session.observers.on_progress = lambda done, total: ran.append(total)
     assert cache.load(llm, tokens[:900])
     llm.eval([tokens[900]])
     assert not ran  # nothing is run once more

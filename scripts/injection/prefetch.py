@@ -53,7 +53,7 @@ def dying_prefetch(i: int, rng: random.Random) -> None:
 
     def before(n: int) -> None:
         if n == at:
-            thread = subject_.llm.session._worker_thread
+            thread = subject_.llm.session.path.worker.thread
             assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
 
     logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL + 1)

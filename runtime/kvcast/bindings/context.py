@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import SparseUnsupported
 from .api import (
+    DENSE,
+    HISTORY,
     TRACE_NONE,
     AttentionCall,
     attention_by_one,
@@ -64,7 +67,19 @@ from .api import (
     kvcast_v_data,
     kvcast_weights,
 )
+from .loaded import llama_cpp
 from .log import by_one
+
+
+@contextlib.contextmanager
+def on_all_threads(ctx: int) -> Iterator[None]:
+    """A step of this context takes as many threads as a prompt."""
+    n_threads, n_all = llama_cpp.llama_n_threads(ctx), llama_cpp.llama_n_threads_batch(ctx)
+    llama_cpp.llama_set_n_threads(ctx, n_all, n_all)
+    try:
+        yield
+    finally:
+        llama_cpp.llama_set_n_threads(ctx, n_threads, n_all)
 
 
 class Attached:
@@ -156,6 +171,16 @@ class Attached:
         kv, self._kv = self._kv, None
         if kv:
             kvcast_detach(kv)
+
+    @contextlib.contextmanager
+    def running(self, mode: int) -> Iterator[None]:
+        """llama_decode runs in this mode of the graph; after it dense, or sparse if it was that."""
+        self.set_mode(mode)
+        try:
+            yield
+        finally:
+            if mode == HISTORY:
+                self.set_mode(DENSE)
 
     def set_mode(self, mode: int) -> None:
         kvcast_set_mode(self._kv, mode)

@@ -15,7 +15,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as llama_cpp
 
-from ..engine.session import StepTimes
+from ..engine.stats import StepTimes
 from ..errors import GenerationError, ModelError, SessionError
 from ..llama.model import Llama
 from .documents import DocumentCache

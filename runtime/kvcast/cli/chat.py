@@ -101,7 +101,7 @@ def _read_document(conversation: Conversation, signals: Signals, cache: Document
     llm = conversation.llm
     with progress("reading the document") as update:
         if llm.sparse is not None:
-            llm.session.on_progress = update
+            llm.session.observers.on_progress = update
         kept = False
         try:
             kept = conversation.read(cache, title)
@@ -114,7 +114,7 @@ def _read_document(conversation: Conversation, signals: Signals, cache: Document
         except KvcastError as error:  # it was read all the same
             notes.print(f"kvcast: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if llm.sparse is not None:
-        llm.session.on_progress = None
+        llm.session.observers.on_progress = None
     notes.print(f"{'opened' if kept else 'read'} {llm.n_tokens:,} tokens; ask away", highlight=False)
 
 

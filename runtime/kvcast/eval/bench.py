@@ -16,8 +16,9 @@ from typing import Any
 
 from ..config import SparseConfig
 from ..cores import usable_cores
-from ..engine.device_path import DeviceSession
-from ..engine.session import Session, StepTimes
+from ..engine.device_path import DevicePath
+from ..engine.session import Session
+from ..engine.stats import StepTimes
 from ..errors import ModelError
 from ..llama.model import Llama
 from ..planning.link_simulator import measure_link, simulate
@@ -73,8 +74,8 @@ def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str,
 
     Compression: to the KV of a dense cache of ``n_context``. ``fill_bytes`` are those of the step that fills the pool, once a prompt.
     """
-    info, pool = session.attached.info, session.attached.pool_info
-    if not isinstance(session, DeviceSession):
+    info, pool, path = session.attached.info, session.attached.pool_info, session.path
+    if not isinstance(path, DevicePath):
         return {}
     held = pool.pool_bytes + pool.staging_bytes + pool.tap_bytes
     return {
@@ -83,22 +84,23 @@ def pool_report(session: Session, n_context: int, times: StepTimes) -> dict[str,
         "staging_bytes": pool.staging_bytes,
         "tap_bytes": pool.tap_bytes,
         "compression": info.n_layer * n_context * (info.k_row_bytes + info.v_row_bytes) / held,
-        "fill_bytes": session.n_filled * session.pool.bytes_per_move,
-        "bytes_moved_per_step": sum(times.moves[1:]) * session.pool.bytes_per_move / max(1, times.n_steps - 1),
+        "fill_bytes": path.n_filled * path.pool.bytes_per_move,
+        "bytes_moved_per_step": sum(times.moves[1:]) * path.pool.bytes_per_move / max(1, times.n_steps - 1),
     }
 
 
 def simulated_report(session: Session, times: StepTimes, step_s: float) -> dict[str, Any]:
     """What the link simulator makes of the moves of the last round, beside what was measured; empty for the host path."""
-    if not isinstance(session, DeviceSession):
+    path = session.path
+    if not isinstance(path, DevicePath):
         return {}
-    link = measure_link(session)
+    link = measure_link(path)
     n_selections = max(1, sum(n > 0 for n in times.moves))
-    uploads = sum(link.seconds(n * session.pool.bytes_per_move) for n in times.moves)
+    uploads = sum(link.seconds(n * path.pool.bytes_per_move) for n in times.moves)
     select_s = max(0.0, times.predict + times.select + times.gather - uploads) / n_selections
     # on the CPU backend a selection takes a core from the compute
     forecast = simulate(
-        times.moves, session.pool.bytes_per_move, link, step_s, times.observe / times.n_steps, select_s,
+        times.moves, path.pool.bytes_per_move, link, step_s, times.observe / times.n_steps, select_s,
         prefetch=session.config.prefetch, shared=1.0 if session.attached.pool_info.device == b"CPU" else 0.0,
     )  # fmt: skip
     return {"simulated": {**asdict(forecast), "link": asdict(link), "select_ms": 1e3 * select_s, "step_ms": 1e3 * step_s}}

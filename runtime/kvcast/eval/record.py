@@ -43,13 +43,13 @@ def record(llm: Llama, tokens: Sequence[int], n_context: int, name: str) -> Trac
     n_blocks = -(-len(tokens) // BLOCK_TOKENS)
     llm.reset()
     primed: list[np.ndarray] = []
-    session.on_primed = lambda scores: primed.extend(
+    session.observers.on_primed = lambda scores: primed.extend(
         scores[:, i].reshape(session.n_rows, -1)[:, :n_blocks].copy() for i in range(scores.shape[1])
     )
     try:
         llm.eval(tokens[:n_context])
     finally:
-        session.on_primed = None
+        session.observers.on_primed = None
     saved = session.history.save()
     truth, _ = true_scores(llm, steps)
     llm.n_tokens = n_context
@@ -61,16 +61,16 @@ def record(llm: Llama, tokens: Sequence[int], n_context: int, name: str) -> Trac
     estimate = np.zeros_like(seen)
     rows = np.arange(session.n_rows)[:, None]
     for i, token in enumerate(steps):
-        session.on_attended = recorder = Recorder(llm)
+        session.observers.on_attended = recorder = Recorder(llm)
         llm.eval([token])
-        session.on_attended = None
+        session.observers.on_attended = None
         session.take_in()
         blocks, n_attended = recorder.lists[0]
         r, c = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
-        seen[i, r, blocks[r, c]] = encode(session.scores[r, c] * session.step_shares[r])
-        begin, end = session.free_range
-        if session.estimates is not None and end:
-            estimate[i, rows, np.arange(begin, end)] = encode(session.estimates[:, begin:end])
+        seen[i, r, blocks[r, c]] = encode(session.path.scores[r, c] * session.result.shares[r])
+        begin, end = session.path.free_range
+        if session.path.estimates is not None and end:
+            estimate[i, rows, np.arange(begin, end)] = encode(session.path.estimates[:, begin:end])
     padded = np.zeros((len(primed) + len(truth), session.n_rows, n_blocks), np.uint8)
     for i, scores in enumerate([*primed, *truth]):
         padded[i, :, : scores.shape[1]] = encode(scores)

@@ -60,7 +60,7 @@ class Recovery:
 
 
 class Recorder:
-    """Notes the set of every sparse step; set it as ``session.on_attended``."""
+    """Notes the set of every sparse step; set it as ``session.observers.on_attended``."""
 
     def __init__(self, llm: Llama):
         self._session = llm.session
@@ -68,7 +68,7 @@ class Recorder:
 
     def __call__(self, _position: int) -> None:
         session = self._session
-        self.lists.append((session.attended[:, : int(session.n_attended.max())].copy(), session.n_attended.copy()))
+        self.lists.append((session.result.blocks[:, : int(session.result.n_attended.max())].copy(), session.result.n_attended.copy()))
 
     @property
     def masks(self) -> list[np.ndarray]:
@@ -76,7 +76,7 @@ class Recorder:
         masks = []
         for blocks, n_attended in self.lists:
             rows, columns = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
-            mask = np.zeros(self._session.blocks.shape, bool)
+            mask = np.zeros(self._session.path.blocks.shape, bool)
             mask[rows, blocks[rows, columns]] = True
             masks.append(mask)
         return masks
@@ -104,7 +104,7 @@ def true_scores(llm: Llama, tokens: Sequence[int], on_step: Callable[[], None] |
     session = llm.session
     found, logits = [], []
     for token in tokens:
-        session.dense_step(token, llm._decode, native.HISTORY)
+        session.dense_step(token, native.HISTORY)
         n_used = -(-session.n_tokens // BLOCK_TOKENS)
         found.append(session.attached.history_scores[:, 0, :, :n_used].reshape(session.n_rows, n_used).copy())
         logits.append(next_logits(llm))
@@ -232,14 +232,14 @@ def measure(
         say(i)
         session.configure(now)
         rewind()
-        session.on_attended = recorder = Recorder(llm)
+        session.observers.on_attended = recorder = Recorder(llm)
         logits = []
         try:
             for token in tokens[n_context:]:
                 llm.eval([token])
                 logits.append(next_logits(llm))
         finally:
-            session.on_attended = None
+            session.observers.on_attended = None
         sparse = log_softmax(np.stack(logits))
         times, masks = session.times, recorder.masks
         all_masks.append(masks)

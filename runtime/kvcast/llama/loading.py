@@ -13,14 +13,33 @@ from ..config import SparseConfig
 from ..cores import usable_cores
 from ..errors import ModelError
 from ..gguf import memory as sizes
-from ..gguf.header import Header
+from ..gguf.header import Header, read_header
 from ..gguf.reader import GgufFile
+from ..gguf.support import TESTED, refusal
 from . import arguments
 
 GIB = 1 << 30
 STEP_THREADS = 2  # of a step over a pool on a GPU, of which the CPU computes next to nothing; threads that wait spin, and others select
 SMALLER = "close something, or use a smaller n_ctx (--context)"
 GPU_BATCH = 2048  # tokens; a prompt's batch carries the whole store to the GPU once
+
+
+def prepared(path: str, sparse: SparseConfig | None, kwargs: dict[str, Any]) -> tuple[Header, dict[str, Any], int]:
+    """What a file says, what llama-cpp-python is to load it with, and the cells of its KV cache; see ``Llama`` for what is raised."""
+    kwargs = arguments.of_loading(kwargs)
+    if sparse is not None:
+        kwargs = _of_sparse(kwargs, sparse)
+    kwargs["n_threads"] = kwargs.get("n_threads") or usable_cores()
+    kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
+    header = read_header(path, kwargs.get("kv_overrides"))
+    if adapter := kwargs.get("lora_path"):
+        _check_adapter(adapter, header)
+    if sparse is not None and not sparse.untested and header.arch not in TESTED:
+        if error := refusal(path):
+            raise error
+    n_ctx = sizes.n_cells(kwargs.get("n_ctx", 512) or header.n_ctx_train)
+    _check_memory(header, n_ctx, kwargs, sparse is not None and sparse.keeps_summary)
+    return header, kwargs, n_ctx
 
 
 def _of_sparse(kwargs: dict[str, Any], sparse: SparseConfig) -> dict[str, Any]:
@@ -36,7 +55,7 @@ def _of_sparse(kwargs: dict[str, Any], sparse: SparseConfig) -> dict[str, Any]:
     return {"swa_full": False, **given, "offload_kqv": False, "flash_attn": True}
 
 
-def _explained(error: Exception, path: str) -> Exception:
+def explained(error: Exception, path: str) -> Exception:
     """What made loading a model fail, as an error of ours where it is one."""
     if isinstance(error, TemplateError | UnicodeDecodeError):
         return ModelError(f"the chat template or another text in {path!r} cannot be read ({error}); fetch the file again")

@@ -32,6 +32,7 @@ import numpy.typing as npt
 from .. import files
 from ..bindings import api as native
 from ..blocks import BLOCK_TOKENS
+from ..engine import known, saving
 from ..engine.checkpoints import N_HELD, N_KEPT
 from ..errors import SessionDamaged, SessionError
 from ..gguf import identity
@@ -102,7 +103,7 @@ def save(llm: Llama, path: Path, about: dict[str, Any]) -> None:
             f"the context holds {llm.n_tokens} tokens, and only {len(llm.input_ids)} of them are known; cut it with n_tokens"
         )
     origin = made_with(llm)
-    numbers, arrays = ({}, {}) if llm.sparse is None else llm.session.save(llm.n_tokens)
+    numbers, arrays = ({}, {}) if llm.sparse is None else saving.save(llm.session, llm.n_tokens)
     llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)
     llm._requires_eval = True  # logits are not saved: here as after a load, the last token is run once more where they are needed
     meta = {
@@ -146,7 +147,7 @@ def load(llm: Llama, path: Path, check: Callable[[dict[str, Any]], None] | None 
     llm._forget()
     if llm.sparse is not None:
         try:
-            llm.session.restore(meta.numbers, arrays, llm.n_tokens)
+            saving.restore(llm.session, meta.numbers, arrays, llm.n_tokens)
         except MemoryError:  # the history is made again, from the last tokens
             llm.session.forget()
     llm._seed = meta.seed
@@ -303,7 +304,7 @@ def _look_through(llm: Llama, file: IO[bytes], path: Path) -> tuple[Meta, npt.ND
         return meta, tokens, {}
     try:
         arrays = _unpack(packed)
-        llm.session.check(meta.numbers, arrays, meta.n_tokens)
+        known.check(meta.numbers, arrays, meta.n_tokens, llm.session.history, llm.session.attached)
     except UNREADABLE as error:
         raise _damaged(path, f"of what it remembers of attention, {_said(error)}") from error
     return meta, tokens, arrays
@@ -430,6 +431,6 @@ def _write(file: IO[bytes], llm: Llama, meta: dict[str, Any], arrays: dict[str, 
     # what would be refused is not kept
     Meta(**meta)
     if llm.sparse is not None:
-        llm.session.check(meta["numbers"], arrays, llm.n_tokens)
+        known.check(meta["numbers"], arrays, llm.n_tokens, llm.session.history, llm.session.attached)
     file.seek(STATE_HEADER.size + 4 * llm.n_tokens)
     native.check_state(llm.ctx, lambda part: _fill(file, part), n_state, llm.n_tokens)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..engine.device_path import DeviceSession
+from ..engine.device_path import DevicePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +90,16 @@ def simulate(
     return Forecast(len(moves) / total, 1e3 * wait / len(moves), bytes_per_move * float(np.mean(moves)))
 
 
-def measure_link(session: DeviceSession) -> Link:
-    """Time uploads of this session's staging buffer, medians of 20. What is staged is lost; select anew after it."""
-    n_max = session.attached.pool_info.n_staging
+def measure_link(path: DevicePath) -> Link:
+    """Time uploads of this path's staging buffer, medians of 20. What is staged is lost; select anew after it."""
+    n_max = path.attached.pool_info.n_staging
     seconds = []
     for n in (1, n_max):
         times = []
         for _ in range(20):
             begin = time.perf_counter()
-            session.attached.upload(0, n)
+            path.attached.upload(0, n)
             times.append(time.perf_counter() - begin)
         seconds.append(float(np.median(times)))
-    n_bytes = (n_max - 1) * session.pool.bytes_per_move
+    n_bytes = (n_max - 1) * path.pool.bytes_per_move
     return Link(n_bytes / max(1e-9, seconds[1] - seconds[0]), seconds[0])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from predictor_onnx.features import DECAYS
 
 from ..blocks import BLOCK_TOKENS
-from ..engine.session import StepTimes
+from ..engine.stats import StepTimes
 
 if TYPE_CHECKING:
     from .served import ServedLlama
@@ -75,12 +75,12 @@ class Live:
             self._facts["pool_bytes"] = session.attached.pool_info.pool_bytes
             self._facts["n_layer"], self._facts["n_head_kv"] = session.attached.info.n_layer, session.attached.info.n_head_kv
             self._history = session.history
-            self._seen = np.zeros((session.n_rows, session.blocks.shape[1]), np.int32)
+            self._seen = np.zeros((session.n_rows, session.path.blocks.shape[1]), np.int32)
             self._entered = np.zeros_like(self._seen)
             self._step = 0
-            _mark(session.blocks[:0], session.n_listed[:0], 1, 1, self._seen[:0], self._entered[:0])  # compile or load it now
-            session.on_attended = self._attended
-            session.on_progress = self.read
+            _mark(session.path.blocks[:0], session.path.n_listed[:0], 1, 1, self._seen[:0], self._entered[:0])  # compile or load it now
+            session.observers.on_attended = self._attended
+            session.observers.on_progress = self.read
 
     # ---- called by the model's thread
 
@@ -118,7 +118,7 @@ class Live:
     def _attended(self, position: int) -> None:
         session = self._llm.session
         self._step += 1
-        _mark(session.attended, session.n_attended, self._step, session.config.steps_held, self._seen, self._entered)
+        _mark(session.result.blocks, session.result.n_attended, self._step, session.config.steps_held, self._seen, self._entered)
 
     # ---- called by anybody
 

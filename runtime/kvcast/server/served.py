@@ -250,7 +250,7 @@ class ServedLlama(Llama):
         """As ``Llama.eval``; a dense model looks between batches whether it is to stop."""
         if self.sparse is None:
             for i in range(0, len(tokens), self.n_batch):
-                self._compute(super().eval, tokens[i : i + self.n_batch])
+                super().eval(tokens[i : i + self.n_batch])
                 self.live.read(i + self.n_batch, len(tokens))
         else:
             super().eval(tokens)
@@ -258,17 +258,17 @@ class ServedLlama(Llama):
             self._turn.n_computed += len(tokens)
         self.live.evaluated(len(tokens))
 
-    def _decode(self, tokens: Sequence[int]) -> None:
-        self._compute(super()._decode, tokens)
+    def _decode(self, tokens: Sequence[int], n_past: int) -> None:
+        self._compute(super()._decode, tokens, n_past)
 
-    def _compute(self, run: Callable[[Sequence[int]], None], tokens: Sequence[int]) -> None:
+    def _compute(self, run: Callable[..., None], *arguments: Any) -> None:
         with self._guard:
             stopped = self._turn is not None and self._turn.stopped
             self._computing = not stopped
         if stopped:
             raise GenerationError(f"the request was stopped; the store holds the {self.n_tokens} tokens before it")
         try:
-            run(tokens)
+            run(*arguments)
         finally:
             with self._guard:
                 self._computing = False
