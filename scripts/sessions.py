@@ -22,7 +22,7 @@ import psutil
 import kvcast
 from kvcast import Llama, SparseConfig, models
 from kvcast.bindings.api import llama_cpp
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 from kvcast.cores import usable_cores
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -62,7 +62,7 @@ class Sessions:
             few, one = (first_layers(path, Path(folder) / f"{n}.gguf", n) for n in (N_LAYER, 1))
             self._sparse = [Llama(few, sparse=SparseConfig(budget=N_CTX, path=p), **shared) for p in ("host", "device")]
             self._dense, self._first = Llama(few, **dense), Llama(one, **dense)
-        self._first_store = Attached(self._first.ctx, 1)
+        self._first_store = NativeContext(self._first.ctx, 1)
         self._text = [t for file in TEXTS for t in self._dense.tokenize(file.read_bytes())]
         self.n_checks = 0
         self.difference = self.replayed = 0.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from openai import OpenAI
 
 from kvcast.chat.documents import DocumentCache
-from kvcast.server.model_manager import Proxy
-from kvcast.server.request_queue import Desk
+from kvcast.server.model_manager import ModelManager
+from kvcast.server.request_queue import RequestQueue
 from kvcast.server.run import listen, make_server
 from kvcast.server.settings import ModelSettings, ServerSettings
 
@@ -16,7 +16,7 @@ from kvcast.server.settings import ModelSettings, ServerSettings
 @dataclass
 class Served:
     url: str
-    desk: Desk
+    desk: RequestQueue
     key: str | None
 
     def client(self, **options):
@@ -27,7 +27,7 @@ class Served:
 def serve(models: list[ModelSettings], documents: DocumentCache | None = None, **options):
     settings = ServerSettings(port=0, **options)
     with listen(settings) as listening:
-        desk = Desk(Proxy(models, documents), bounds=settings.bounds)
+        desk = RequestQueue(ModelManager(models, documents), bounds=settings.bounds)
         server = make_server(settings, desk)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

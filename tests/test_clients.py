@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from kvcast import GenerationError, Llama, SparseConfig
 from kvcast.gguf.support import notes_on
-from kvcast.server.model_manager import Proxy
+from kvcast.server.model_manager import ModelManager
 from kvcast.server.served import ServedLlama
 from kvcast.server.settings import ModelSettings
 from served import serve
@@ -270,7 +270,7 @@ def test_no_path_of_the_server_is_shown(served, client, caplog, monkeypatch):
 def test_a_load_that_failed_is_said(served, client, monkeypatch):
     ask(client)
     with monkeypatch.context() as patch:
-        patch.setattr(Proxy, "load_llama_from_model_settings", lambda *_: (_ for _ in ()).throw(MemoryError("at /root/x")))
+        patch.setattr(ModelManager, "load_llama_from_model_settings", lambda *_: (_ for _ in ()).throw(MemoryError("at /root/x")))
         with pytest.raises(InternalServerError, match="'logits' cannot be loaded"):
             ask(client, model="logits")
         assert get(served, "/v1/kv") == {"state": "failed"}
@@ -284,7 +284,7 @@ def test_what_a_model_lacks_is_said_at_its_start(tmp_path):
     said = []
     shared = dict(model=str(path), model_alias="tiny", sparse=None)
     for settings, n in (({"n_ctx": 512}, 0), ({"n_ctx": 1024}, 1), ({"n_ctx": 1024, "rope_freq_scale": 0.5}, 1)):
-        Proxy([ModelSettings(**shared, **settings)], None, said.append).free()
+        ModelManager([ModelSettings(**shared, **settings)], None, said.append).free()
         assert len(said) == n
     assert said[0].startswith("tiny: the context of 1,024 tokens is longer than the 512")
     bare = types.SimpleNamespace(header=types.SimpleNamespace(n_ctx_train=512), metadata={})

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 from kvcast import Llama, SparseConfig
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 from kvcast.bindings.library import CARRIED
 from lowlevel import Context
 
@@ -131,7 +131,7 @@ def test_contract_3_rows_of_the_store(model, dense, path):
     for token in tokens[n_prompt : n_prompt + 40]:
         sparse.eval([token])
     assert sparse.session.times.blocks_read < 0.6 * sparse.session.times.blocks_dense
-    look = Attached(stock.ctx, 1)
+    look = NativeContext(stock.ctx, 1)
     for layer in range(look.info.n_layer):
         for ours, theirs in zip(sparse.session.attached.rows(layer), look.rows(layer)):
             np.testing.assert_array_equal(ours[:n_prompt], theirs[:n_prompt], err_msg=f"prompt rows, layer {layer}")
@@ -150,7 +150,7 @@ def test_contract_3_every_row_is_what_the_graph_computed(model, code):
     llm = Llama(model[1], n_ctx=512, vocab_only=False, verbose=False)
     tokens = llm.tokenize(code.encode())[:600]
     llm.close()
-    attached = Attached(context.ctx, 64)
+    attached = NativeContext(context.ctx, 64)
     info = attached.info
     context.decode(tokens[:512])
     attached.set_mode(native.SPARSE)

@@ -20,8 +20,6 @@ def file(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("engine") / "tiny.gguf", SHAPES["llama"])
 
 
-
-
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_a_step_is_prepared_decoded_and_finished(file, monkeypatch, path):
     llm = Llama(file, n_ctx=512, n_batch=128, n_threads=1, sparse=PATHS[path], verbose=False)

@@ -147,7 +147,7 @@ def test_a_failing_callback_stops_generation_and_keeps_the_session(smollm2, path
 def test_what_cannot_be_sparse_says_why_and_runs_dense(smollm2):
     import llama_cpp
 
-    from kvcast.bindings.context import Attached
+    from kvcast.bindings.context import NativeContext
 
     for options, reason in (
         ({"flash_attn": False}, "flash attention is off"),
@@ -155,7 +155,7 @@ def test_what_cannot_be_sparse_says_why_and_runs_dense(smollm2):
     ):
         llm = llama_cpp.Llama(str(smollm2), n_ctx=512, verbose=False, offload_kqv=False, **options)
         with pytest.raises(SparseUnsupported, match=reason):
-            Attached(llm.ctx)
+            NativeContext(llm.ctx)
         llm.close()
 
 

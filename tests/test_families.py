@@ -10,10 +10,10 @@ import pytest
 
 from conftest import ROOT
 from kvcast import Llama, SparseConfig, SparseUnsupported, SparseUntested
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 from kvcast.gguf.memory import KV_TYPES
 from kvcast.gguf.support import TESTED
-from kvcast.server.model_manager import Proxy
+from kvcast.server.model_manager import ModelManager
 from kvcast.server.settings import ModelSettings
 from test_contract import logits_of
 from test_errors import command
@@ -41,7 +41,7 @@ class Dense:
         for end in (512, N_PROMPT - 64, N_PROMPT):  # the batches of a sparse session
             llm.eval(self.tokens[llm.n_tokens : end])
         self.logits = steps(llm, self.tokens)
-        look = Attached(llm.ctx, 1)
+        look = NativeContext(llm.ctx, 1)
         self.layers = look.layers.tolist()
         self.rows = [[rows[: len(self.tokens)].copy() for rows in look.rows(i)] for i in range(len(self.layers))]
         look.close()
@@ -152,7 +152,7 @@ def test_the_command_line_runs_what_is_untested_dense_and_says_so(untested, with
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_server_too(untested, asked):
     said = []
-    proxy = Proxy([ModelSettings(model=str(untested), n_ctx=512, sparse=SparseConfig(untested=asked))], None, said.append)
+    proxy = ModelManager([ModelSettings(model=str(untested), n_ctx=512, sparse=SparseConfig(untested=asked))], None, said.append)
     assert (proxy.current.sparse is not None) == asked
     assert said.pop() == f"untested: {NO_TEMPLATE}"
     assert len(said) == (not asked) and all("running dense" in line for line in said)

@@ -11,7 +11,7 @@ from kvcast import GenerationError, Llama, SparseConfig
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import faults
-from kvcast.bindings.log import _plain_log, quiet
+from kvcast.bindings.log import _plain_log, muted_llama_log
 
 COUNTS = {"interrupts": 8, "signals": 8, "python_callbacks": 4, "compiled_callbacks": 4}
 
@@ -78,7 +78,7 @@ def test_a_signal_anywhere_leaves_llama_cpp_as_loud_as_before(capsys):
 
         try:
             sys.settrace(trace)
-            with quiet():
+            with muted_llama_log():
                 pass
         except KeyboardInterrupt:
             n_raised += 1

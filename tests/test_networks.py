@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from kvcast import Llama, SparseConfig
 from kvcast.gguf import embedded_predictor as embedded
 from kvcast.sparse.history import History
-from kvcast.sparse.predictors import Learned
+from kvcast.sparse.predictors import OnnxPredictor
 from networks import AVERAGES, SCORES, SUM, chain, constant, content, convolutions, info, model, node, perceptron
 from predictor_onnx import infer, network, operators, runtime
 from predictor_onnx.infer import PredictorError, open_predictor, resolve, shipped
@@ -463,7 +463,7 @@ def gives_up(learned, known, n_blocks, *words):
 
 
 def test_a_network_that_takes_too_long_is_left_for_the_average(monkeypatch):
-    learned = Learned(content(*convolutions(12, 150)), 1, cuda=False)
+    learned = OnnxPredictor(content(*convolutions(12, 150)), 1, cuda=False)
     learned._network._reach = None
     known = history_of(64, 2000)
     monkeypatch.setattr(
@@ -507,7 +507,7 @@ def test_an_interrupt_ends_a_prediction():
 
 def test_values_that_are_not_numbers_are_left_for_the_average():
     nodes = [node("Gather", ["averages", "last"], ["s"], axis=1), node("Sub", ["limit", "s"], ["d"]), node("Sqrt", ["d"], ["scores"])]
-    learned = Learned(content(nodes, [constant("limit", 0.6), constant("last", 0, np.int64)]), 1, cuda=False)
+    learned = OnnxPredictor(content(nodes, [constant("limit", 0.6), constant("last", 0, np.int64)]), 1, cuda=False)
     known = history_of(2, 50, 0.1)
     np.testing.assert_allclose(learned.predict(known, 50), 0.5**0.5, rtol=1e-6)
     known.observe_all(np.full((2, 1, 1, 50), 0.9, np.float32), 0, 1, 50)
@@ -515,7 +515,7 @@ def test_values_that_are_not_numbers_are_left_for_the_average():
 
 
 def test_one_that_fails_later_is_left_for_the_average(monkeypatch):
-    learned = Learned("stream", 1, cuda=False)
+    learned = OnnxPredictor("stream", 1, cuda=False)
 
     def fail(*_):
         raise runtime.unusable()[0]("injected")
@@ -525,8 +525,8 @@ def test_one_that_fails_later_is_left_for_the_average(monkeypatch):
 
 
 def test_scores_are_shares_whatever_a_network_yields():
-    huge = Learned(content([SUMMED, node("Mul", ["s", "k"], ["scores"])], [constant("k", 3e38)]), 1, cuda=False)
-    negative = Learned(content([SUMMED, node("Neg", ["s"], ["scores"])]), 1, cuda=False)
+    huge = OnnxPredictor(content([SUMMED, node("Mul", ["s", "k"], ["scores"])], [constant("k", 3e38)]), 1, cuda=False)
+    negative = OnnxPredictor(content([SUMMED, node("Neg", ["s"], ["scores"])]), 1, cuda=False)
     known = history_of(2, 50)
     assert 0 < huge.predict(known, 50).max() <= 1 << 20
     assert (negative.predict(known, 50)[:, :50] == 0).all()

@@ -6,7 +6,7 @@ import pytest
 import naive
 from kvcast import Llama
 from kvcast.bindings import api as native
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 from lowlevel import Context
 
 F16, Q8_0, Q4_0, BF16 = 1, 8, 2, 30
@@ -54,7 +54,7 @@ def test_scores_against_numpy(name, kind, request, code, kernels):
         request.getfixturevalue(name), n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2, type_k=kind, type_v=kind
     )
     tokens = llm.tokenize(code.encode())[:900]
-    attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD)
     info = attached.info
     llm.eval(tokens[:740])
     attached.set_mode(native.HISTORY)
@@ -89,7 +89,7 @@ def test_layer_0_against_llama_cpp_softmax(small, code):
     """Flash attention off, llama.cpp's own softmax of layer 0, pooled by block."""
     llm = Llama(small, n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2)
     tokens = llm.tokenize(code.encode())[:700]
-    attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD)
     info = attached.info
     llm.eval(tokens[:650])
     attached.set_mode(native.HISTORY)
@@ -114,7 +114,7 @@ def test_layer_0_against_llama_cpp_softmax(small, code):
 def test_any_number_of_threads(small, code, n_threads):
     llm = Llama(small, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)
     tokens = llm.tokenize(code.encode())[:400]
-    attached = Attached(llm.ctx, 64, native.TRACE_HEAD)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD)
     llm.eval(tokens[:399])
     attached.set_mode(native.SPARSE)
     attached.blocks[..., :25] = np.arange(25)

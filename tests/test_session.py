@@ -144,12 +144,12 @@ def test_a_poor_step_is_followed_by_one_over_everything(make, code, path):
 
 
 def test_guard_takes_the_average_where_the_network_is_worse(make, code, monkeypatch):
-    class Worse(predictors.Learned):
+    class Worse(predictors.OnnxPredictor):
         def predict(self, history, n_blocks):
             return -history.averages[:, 3, :]
 
-    monkeypatch.setattr(predictors, "Learned", Worse)
+    monkeypatch.setattr(predictors, "OnnxPredictor", Worse)
     llm = make(predictor="onnx:stream")
     with pytest.warns(UserWarning, match="'onnx:stream' does worse than the plain average"):
         llm.eval(llm.tokenize(code.encode())[:1000])
-    assert isinstance(llm.session.predictor, predictors.Average)
+    assert isinstance(llm.session.predictor, predictors.EmaPredictor)

@@ -120,12 +120,12 @@ def test_logits_of_all_tokens_where_they_are_asked_for(load):
 
 
 def test_the_server_takes_a_draft_model(small):
-    from kvcast.server.model_manager import Proxy
+    from kvcast.server.model_manager import ModelManager
     from kvcast.server.settings import ModelSettings
 
     said = []
     for draft in ({}, {"draft_model": "prompt-lookup-decoding", "draft_model_num_pred_tokens": 5}):
-        proxy = Proxy([ModelSettings(model=str(small), n_ctx=512, n_threads=2, sparse=SparseConfig(budget=512), **draft)], None)
+        proxy = ModelManager([ModelSettings(model=str(small), n_ctx=512, n_threads=2, sparse=SparseConfig(budget=512), **draft)], None)
         llm = proxy()
         assert (llm.draft_model is not None) == bool(draft)
         said.append(llm.create_completion(COUNTING[:600], max_tokens=20, temperature=0.0)["choices"][0]["text"])

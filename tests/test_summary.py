@@ -6,7 +6,7 @@ import pytest
 import naive
 from kvcast import Llama, SparseConfig
 from kvcast.bindings import api as native
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 from kvcast.errors import GenerationError
 from test_scores import BF16, F16, Q4_0, Q8_0, compare, kernels, rows_as_float  # noqa: F401
 
@@ -16,7 +16,7 @@ N = 1000  # tokens before the step
 def attach(path, code, kind, n_threads=2):
     llm = Llama(path, n_ctx=2048, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads, type_k=kind, type_v=kind)
     tokens = llm.tokenize(code.encode())
-    attached = Attached(llm.ctx, 64, native.TRACE_HEAD, summary=True)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD, summary=True)
     llm.eval(tokens[: N - 60])
     attached.set_mode(native.HISTORY)
     llm.eval(tokens[N - 60 : N])

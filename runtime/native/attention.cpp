@@ -2,7 +2,7 @@
 #include "context.h"
 #include "kvcast-graph.h"
 #include "pool.h"
-#include "stream.h"
+#include "prefill_stream.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache-iswa.h"

@@ -1,4 +1,4 @@
-// State behind the C API (kvcast.h), shared by context.cpp (life cycle, per-step tables) and attention.cpp (graph nodes).
+// State behind the C API (kvcast.h), shared by the files here.
 #pragma once
 
 #include "kernels.h"
@@ -7,6 +7,7 @@
 #include "ggml-backend.h"
 
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,7 @@ struct kvcast_context;
 constexpr int KVCAST_STREAM = 3;
 
 namespace kvcast {
+constexpr int32_t NEVER = std::numeric_limits<int32_t>::max(); // position of an empty cell
 constexpr int64_t MIN_ON_GPU = 32; // tokens for which ggml too brings host memory to a GPU
 } // namespace kvcast
 

@@ -89,6 +89,8 @@ namespace kvcast {
 
 // nullptr and a reason on refusal
 std::unique_ptr<kvcast_pool> make_pool(const kvcast_context & kv, int n_blocks, int staging_share, std::string & why_not);
+// the backend of the context that computes on the pool's device
+ggml_backend_t main_queue(const kvcast_context & kv);
 // a graph over the pool is about to be built
 void begin_pool_graph(kvcast_context & kv);
 // sends the inbox; false when the table is not fit for the step

@@ -17,7 +17,7 @@ from kvcast.cli.predictor import card as show_card
 from kvcast.gguf.embedded_predictor import Embedded
 from kvcast.planning.inspect_gguf import _about_predictor
 from kvcast.sparse.history import History
-from kvcast.sparse.predictors import Learned
+from kvcast.sparse.predictors import OnnxPredictor
 from kvcast.sparse.selection import select
 from predictor_onnx.infer import PredictorError, StreamPredictor, examine, resolve
 from predictor_onnx.operators import follow
@@ -71,7 +71,7 @@ class Predictor:
             return "card shown"
         begin = time.monotonic()
         try:
-            network = Learned(data, 1, cuda=False)
+            network = OnnxPredictor(data, 1, cuda=False)
         except PredictorError as error:
             _check_sentence(str(error))
             assert time.monotonic() - begin < REFUSAL_S, "refused too late"
@@ -86,7 +86,7 @@ class Predictor:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 < RESIDENT_BYTES, "too much memory"
         return "gives up" if said else "predicts"
 
-    def _predict(self, network: Learned) -> None:
+    def _predict(self, network: OnnxPredictor) -> None:
         history, rng = self._history, np.random.default_rng(0)
         history.truncate(0)
         history.keep_steps(network.n_steps_kept)

@@ -11,8 +11,8 @@ from typing import Any
 from kvcast import SparseConfig
 from kvcast.chat.documents import DocumentCache
 from kvcast.server.app import make_app
-from kvcast.server.model_manager import Proxy
-from kvcast.server.request_queue import Desk
+from kvcast.server.model_manager import ModelManager
+from kvcast.server.request_queue import RequestQueue
 from kvcast.server.settings import ModelSettings, ServerSettings
 from shapes import write_shape
 
@@ -81,7 +81,7 @@ class Server:
         model = write_shape(folder / "tiny.gguf", **SHAPE, vocabulary="llama")
         sparse = SparseConfig(budget=96, predictor="ema")
         settings = ModelSettings(model=str(model), model_alias="tiny", sparse=sparse, n_ctx=256, n_threads=1, n_threads_batch=1)
-        self._desk = Desk(Proxy([settings], DocumentCache(folder / "documents")))
+        self._desk = RequestQueue(ModelManager([settings], DocumentCache(folder / "documents")))
         self._app = make_app(ServerSettings(), self._desk)
         self._loop = asyncio.new_event_loop()
 

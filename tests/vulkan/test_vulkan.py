@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")  # ggml leaves out devices that are CPUs unless they are named
 
 from kvcast import Llama, SparseConfig, models
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 from kvcast.bindings.library import LIBRARY_DIR
 
 if not any(any(LIBRARY_DIR.glob(f"*ggml-{name}*")) for name in ("vulkan", "cuda")):
@@ -95,7 +95,7 @@ def tokens(code):
 def test_contracts(tiny, tokens, kind):
     dense = load(tiny, flash_attn=True, offload_kqv=False, type_k=kind, type_v=kind)
     expected = steps(dense, tokens)
-    look = Attached(dense.ctx, 1)
+    look = NativeContext(dense.ctx, 1)
 
     everything = load(tiny, sparse=SparseConfig(budget=1024, path="device"), type_k=kind, type_v=kind)
     got = steps(everything, tokens)

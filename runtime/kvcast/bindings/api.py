@@ -1,4 +1,4 @@
-"""ctypes bindings of kvcast.h, in the style of llama-cpp-python, and ``Attached``, which owns one attachment.
+"""ctypes bindings of kvcast.h, in the style of llama-cpp-python, and ``NativeContext``, which owns one attachment.
 
 Arrays are NumPy views of native memory: nothing is copied, and they are valid until ``close``.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from .loaded import llama_cpp
-from .log import by_one, quiet
+from .log import by_one, muted_llama_log
 
 DENSE, HISTORY, SPARSE = 0, 1, 2
 TRACE_NONE, TRACE_HEAD = 0, 1
@@ -248,7 +248,7 @@ def read_state(ctx: int, read: Callable[[memoryview], None], n_bytes: int) -> No
         It is another one meanwhile; this, and whatever ``read`` raises, leaves the context empty.
     """
     error = ctypes.create_string_buffer(128)
-    with quiet(), _moving(read) as (fn, user):
+    with muted_llama_log(), _moving(read) as (fn, user):
         if not kvcast_read_state(ctx, fn, user, n_bytes, error, len(error)):
             raise StateRefused(error.value.decode())
 

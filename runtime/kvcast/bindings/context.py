@@ -1,4 +1,4 @@
-"""``Attached``, which owns one attachment of kvcast to a llama_context."""
+"""``NativeContext``, which owns one attachment of kvcast to a llama_context."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def on_all_threads(ctx: int) -> Iterator[None]:
         llama_cpp.llama_set_n_threads(ctx, n_threads, n_all)
 
 
-class Attached:
+class NativeContext:
     """One kvcast context on one llama_context: modes, block lists in, scores out.
 
     Layers are numbered among those that are served: sliding-window layers are not, and keep a small cache of llama.cpp's own.

@@ -6,7 +6,7 @@ import ctypes
 import os
 
 from .library import LIBRARY_DIR
-from .log import llama_cpp, quiet
+from .log import llama_cpp, muted_llama_log
 
 __all__ = ["llama_cpp"]
 
@@ -21,7 +21,7 @@ def _load_plugins() -> None:
         load(os.fsencode(LIBRARY_DIR))
 
 
-with quiet():
+with muted_llama_log():
     _load_plugins()
 # a null pointer is not None, which llama-cpp-python looks for
 llama_cpp.llama_adapter_lora_init.errcheck = lambda adapter, _function, _arguments: adapter if adapter else None

@@ -72,7 +72,7 @@ def _log(address: int) -> int:
 
 def _plain_log(level: int, text: bytes) -> None:
     """llama.cpp quotes names from files; what a terminal would obey does not reach it."""
-    if not _hushes and _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
+    if not _muted_logs and _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
         try:
             print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
         except (OSError, ValueError) as error:  # nobody can read it
@@ -93,23 +93,23 @@ llama_cpp.llama_log_set(_native_log, ctypes.cast(_log_by_one, ctypes.c_void_p))
 atexit.register(llama_cpp.llama_log_set, _native_log, ctypes.c_void_p(0))  # what is freed after this says nothing
 
 
-class Hush:
+class MutedLog:
     """llama.cpp's messages are not shown as long as one of these lives: a signal that ends what it was made for ends it as well."""
 
     def __init__(self) -> None:
-        _hushes.add(self)
+        _muted_logs.add(self)
 
 
-_hushes: weakref.WeakSet[Hush] = weakref.WeakSet()
+_muted_logs: weakref.WeakSet[MutedLog] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def muted_llama_log() -> Iterator[None]:
     """llama.cpp's messages are not shown: where what fails is said in a sentence of ours."""
-    hush = Hush()
+    muted = MutedLog()
     try:
         yield
     finally:
-        _hushes.discard(hush)  # now, whoever holds a traceback
+        _muted_logs.discard(muted)  # now, whoever holds a traceback
     if (error := take_lost()) is not None:
         raise error

@@ -39,7 +39,7 @@ class State:
         As ``History.kept`` gives them.
     n_observed : int
     summary : uint8, shape (n_bytes,), or None
-        ``Attached.summary_state``; None where no channels were chosen yet.
+        ``NativeContext.summary_state``; None where no channels were chosen yet.
     n_summarised : int
         Tokens in the store when they were chosen.
     poor : bool

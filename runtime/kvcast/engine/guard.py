@@ -9,7 +9,7 @@ import numpy as np
 from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
 from ..sparse.history import History
-from ..sparse.predictors import Average, Learned, Predictor
+from ..sparse.predictors import EmaPredictor, OnnxPredictor, Predictor
 
 GUARD_TOKENS = 8  # last ones of a prompt, held back to try the predictor on
 GUARD_MARGIN = 0.98  # of what the average holds of their attention, that a network must hold
@@ -35,10 +35,10 @@ class Guard:
         n_sink, n_window = config.sink // BLOCK_TOKENS, config.window // BLOCK_TOKENS
         n_keep = config.budget_blocks(n_tokens) - n_sink - n_window
         middle = slice(n_sink, n_used - n_window)
-        if not isinstance(predictor, Learned) or n_keep >= n_used - n_window - n_sink:
+        if not isinstance(predictor, OnnxPredictor) or n_keep >= n_used - n_window - n_sink:
             return False
         held = []
-        for tried in (predictor, Average(0.9)):
+        for tried in (predictor, EmaPredictor(0.9)):
             scores = tried.predict(history, n_used)[:, middle]
             best = np.argpartition(-scores, n_keep - 1, axis=1)[:, :n_keep]
             held.append(float(np.take_along_axis(truth.reshape(len(scores), -1)[:, middle], best, 1).sum()))

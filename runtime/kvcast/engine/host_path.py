@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from ..bindings import api as native
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
 from ..sparse.selection import append_block, list_all, select, select_free
@@ -34,7 +34,7 @@ class HostPath(AttentionPath):
     worker_name = "kvcast-select"
 
     def __init__(self, ctx: int, config: SparseConfig, n_taps: int, trace: int):
-        super().__init__(Attached(ctx, n_taps, trace, config.keeps_summary))
+        super().__init__(NativeContext(ctx, n_taps, trace, config.keeps_summary))
         self._lists = Lists(self.blocks, self.n_listed, self.n_free, self.shares, self.weights)
         self._next = self._lists.map(lambda x: np.empty((0, *x.shape[1:]), x.dtype))  # what is selected beside a step
         self._next_n_used = 0  # blocks in use that it was made for; 0: there is none

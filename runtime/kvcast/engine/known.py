@@ -9,7 +9,7 @@ import numpy as np
 
 from predictor_onnx.features import DECAYS
 
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..blocks import BLOCK_TOKENS
 from ..sparse.history import History
 from . import checkpoints
@@ -32,7 +32,7 @@ class Known:
         The last step's estimated recovery was below the minimum.
     """
 
-    def __init__(self, history: History, attached: Attached):
+    def __init__(self, history: History, attached: NativeContext):
         self.history, self._attached = history, attached
         self.n_since = self.n_summarised = 0
         self.poor = False
@@ -94,7 +94,7 @@ class Known:
         return True
 
 
-def is_sane(state: State, n_tokens: int, history: History, attached: Attached) -> bool:
+def is_sane(state: State, n_tokens: int, history: History, attached: NativeContext) -> bool:
     """Whether a state can be one of this model, with any settings, at ``n_tokens``."""
     if state.history.keys() - {"last_steps"} != {"averages"} or (state.summary is not None and state.summary.ndim != 1):
         return False
@@ -107,7 +107,7 @@ def is_sane(state: State, n_tokens: int, history: History, attached: Attached) -
     return 0 < state.n_observed < 1 << 62 and 0 <= state.n_summarised <= n_tokens and known and fitting
 
 
-def fits(state: State, n_tokens: int, n_rows: int, needs_steps: bool, attached: Attached) -> bool:
+def fits(state: State, n_tokens: int, n_rows: int, needs_steps: bool, attached: NativeContext) -> bool:
     """Whether a state can be one of a session with so many rows, whose predictor ``needs_steps``, at ``n_tokens``."""
     averages, steps = state.history.get("averages"), state.history.get("last_steps")
     n_blocks = -(-n_tokens // BLOCK_TOKENS)
@@ -122,7 +122,7 @@ def fits(state: State, n_tokens: int, n_rows: int, needs_steps: bool, attached: 
     return (state.summary is None) == (state.n_summarised == 0) and (state.summary is None or attached.takes_summary_state(state.summary))
 
 
-def check(numbers: dict[str, Any], arrays: Mapping[str, np.ndarray], n_tokens: int, history: History, attached: Attached) -> None:
+def check(numbers: dict[str, Any], arrays: Mapping[str, np.ndarray], n_tokens: int, history: History, attached: NativeContext) -> None:
     """Whether ``Session.restore`` can take this, of anybody's: what ``Session.save`` yields with this model and any settings.
 
     Raises

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..config import SparseConfig
 from ..sparse.history import History
 from ..sparse.predictors import Predictor
@@ -122,7 +122,7 @@ class AttentionPath(ABC):
 
     worker_name: str
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: NativeContext):
         self.attached = attached
         info = attached.info
         self.n_rows = info.n_layer * info.n_head_kv

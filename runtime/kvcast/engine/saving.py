@@ -32,7 +32,8 @@ def save(session: Session, n_tokens: int) -> tuple[dict[str, Any], dict[str, np.
         return {}, {}
     places, states = session.checkpoints.kept()
     numbers, arrays = session.known.kept(n_tokens)
-    return {**numbers, "fell_back": session.passed_over is not None, "lost": session.lost, "checkpoints": places}, {**arrays, **states}
+    numbers |= {"fell_back": session.suspended_network is not None, "lost": session.lost, "checkpoints": places}
+    return numbers, {**arrays, **states}
 
 
 def restore(session: Session, numbers: dict[str, Any], arrays: dict[str, np.ndarray], n_tokens: int) -> None:
@@ -49,7 +50,7 @@ def restore(session: Session, numbers: dict[str, Any], arrays: dict[str, np.ndar
         session.checkpoints.take(
             numbers["checkpoints"], arrays, n_tokens, lambda state, n: fits(state, n, session.n_rows, needs_steps, session.attached)
         )
-    if numbers["fell_back"] and isinstance(session.predictor, predictors.Learned):
+    if numbers["fell_back"] and isinstance(session.predictor, predictors.OnnxPredictor):
         session.fall_back()
-    elif not numbers["fell_back"] and session.passed_over is not None:
-        session.use(session.passed_over)
+    elif not numbers["fell_back"] and session.suspended_network is not None:
+        session.use(session.suspended_network)

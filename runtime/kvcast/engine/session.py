@@ -108,13 +108,13 @@ class Session:
         self.busy = False
         self.policy = Policy(config, predictors.make(config, self.attached, self._embedded))
         self._guard = Guard()
-        self.passed_over: predictors.Predictor | None = None
+        self.suspended_network: predictors.Predictor | None = None
         self.use(self.predictor)
         self.lost = False
         self.in_sparse_step = False
         self.n_history_taps = 0
         self.observers = Observers(info.n_layer)
-        self._unconfirmed = (0, 0)  # first position and number of the tokens of a batch that may yet be taken back
+        self._draft_span = (0, 0)  # first position and number of the tokens of a batch that may yet be taken back
         self._last: StepResult | None = None  # whose scores the history does not have yet
         none = np.zeros(self.n_rows, np.int32)
         self.result = StepResult(0, self.path.blocks, none, self.path.shares, True, lambda _: None, taken=True)
@@ -199,7 +199,7 @@ class Session:
     def goes_on(self, n_tokens: int) -> bool:
         """Whether the next step or prompt may simply follow the ``n_tokens`` in the store. Tokens of a draft that are taken back are
         dropped here."""
-        first, n = self._unconfirmed
+        first, n = self._draft_span
         if first <= n_tokens < first + n and self.n_tokens == first + n and not self.busy:
             self.truncate(n_tokens)
         known = self.history.primed or n_tokens == 0
@@ -268,8 +268,8 @@ class Session:
         self._confirm(self.n_tokens)
         begun = self.checkpoints.begin(self.n_tokens, held, self._state)
         self.lost = True
-        if self.passed_over is not None:  # for the prompt before
-            self.use(self.passed_over)
+        if self.suspended_network is not None:  # for the prompt before
+            self.use(self.suspended_network)
         self.history.renew()
         n_taps, n_all = self.attached.info.max_taps, len(tokens)
         n_dense = max(0, n_all - HISTORY_TOKENS)
@@ -316,7 +316,7 @@ class Session:
         self._begin()
         first = self.n_tokens
         self._run_batch(native.HISTORY, tokens)
-        self._unconfirmed = first, len(tokens)
+        self._draft_span = first, len(tokens)
         self.path.drop()
         self.known.n_since = 0
         self._end()
@@ -411,8 +411,8 @@ class Session:
 
     def _confirm(self, n_tokens: int) -> None:
         """The store ends at ``n_tokens``: take in the scores of a verified batch's tokens before that."""
-        first, n = self._unconfirmed
-        self._unconfirmed = (0, 0)
+        first, n = self._draft_span
+        self._draft_span = (0, 0)
         n_stay = min(n_tokens - first, n)
         if n_stay > 0:
             self.history.observe_all(self.attached.history_scores, 0, n_stay, -(-(first + n_stay) // BLOCK_TOKENS))
@@ -442,9 +442,9 @@ class Session:
         if self.history.keep_steps(predictor.n_steps_kept):  # first: it may not fit into memory
             self.checkpoints.adopt(self.n_tokens)  # which have no such steps
         self.policy.predictor = predictor
-        self.passed_over = None
+        self.suspended_network = None
 
     def fall_back(self) -> None:
         network = self.predictor
-        self.use(predictors.Average(0.9))
-        self.passed_over = network
+        self.use(predictors.EmaPredictor(0.9))
+        self.suspended_network = network

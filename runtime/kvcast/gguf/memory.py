@@ -1,4 +1,4 @@
-"""What loading a model allocates, in bytes, from its header: the sums that native/context.cpp and native/pool.cpp make.
+"""What loading a model allocates, in bytes, from its header: the sums that native/attach.cpp and native/pool.cpp make.
 
 Compute buffers and what a process holds besides are estimates. docs/plan.md explains them and compares with measurements.
 """

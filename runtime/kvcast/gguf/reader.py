@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bindings.api import llama_cpp
-from ..bindings.log import quiet
+from ..bindings.log import muted_llama_log
 from ..errors import ModelError
 
 _lib = llama_cpp._lib  # ggml-base's symbols are reachable through the library that depends on it
@@ -109,7 +109,7 @@ class GgufFile:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{str(path)!r} is not a GGUF file; convert the model to GGUF first")
-        with quiet():
+        with muted_llama_log():
             self._gguf = _init(os.fsencode(path), _InitParams(True, None))
         if not self._gguf:
             raise ModelError(f"the header of {str(path)!r} cannot be read; the file is damaged or incomplete, fetch it again")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bindings.api import llama_cpp
-from ..bindings.context import Attached
-from ..bindings.log import quiet
+from ..bindings.context import NativeContext
+from ..bindings.log import muted_llama_log
 from ..errors import SparseUnsupported, SparseUntested
 from .header import read_header
 
@@ -32,14 +32,14 @@ def why_impossible(path: str | os.PathLike[str]) -> str:
     settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.offload_kqv = 256, 64, 64, False
     settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     model = ctx = None
-    with quiet():
+    with muted_llama_log():
         llama_cpp.llama_backend_init()
         try:
             model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
             ctx = model and llama_cpp.llama_init_from_model(model, settings)
             if not ctx:
                 return CANNOT_LOAD
-            Attached(ctx, 1).close()
+            NativeContext(ctx, 1).close()
             return ""
         except SparseUnsupported as error:
             return error.reason

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from ..bindings import api as native
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..blocks import BLOCK_TOKENS
 from ..engine.observers import AttentionFn, KvFn
 from ..engine.session import Session
@@ -17,7 +17,7 @@ from ..errors import CallbackError
 CallingBack = Callable[[], AbstractContextManager[None]]
 
 
-def kv_caller(attached: Attached, fn: KvFn | int, calling_back: CallingBack) -> Callable[[int, int], None]:
+def kv_caller(attached: NativeContext, fn: KvFn | int, calling_back: CallingBack) -> Callable[[int, int], None]:
     """What calls ``fn`` of ``Llama.on_kv`` for a served layer and a block; ``calling_back`` is entered around Python code."""
     info = attached.info
     native_fn = native.kv_callback(fn) if isinstance(fn, int) else None

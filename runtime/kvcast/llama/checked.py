@@ -13,7 +13,7 @@ from llama_cpp.llama_chat_format import guess_chat_format_from_gguf_metadata
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..bindings import api as native
-from ..bindings.log import quiet
+from ..bindings.log import muted_llama_log
 from ..bindings.watch import Watch
 from ..checks import INT32_MAX, function, optional, whole, wrong
 from ..errors import ArgumentError, GenerationError, ModelError, SessionError
@@ -21,7 +21,7 @@ from ..gguf.header import Header
 from ..limits import Limits
 from . import arguments
 from .grammar import GrammarError, check_grammar, grammar_of_schema
-from .lifetime import Lifetime, in_turn, inside
+from .lifetime import NativeHandle, in_turn, inside
 from .loading import explained
 from .messages import for_template
 from .sampling import Processors
@@ -34,7 +34,7 @@ _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 TEMPLATE = "tokenizer.chat_template"
 
 
-class CheckedLlama(Lifetime, llama_cpp.Llama):
+class CheckedLlama(NativeHandle, llama_cpp.Llama):
     """A dense model, of anybody's file, for anybody's requests.
 
     Parameters
@@ -57,7 +57,7 @@ class CheckedLlama(Lifetime, llama_cpp.Llama):
     """
 
     def __init__(self, path: str, header: Header, limits: Limits, kwargs: dict[str, Any]):
-        Lifetime.__init__(self)
+        NativeHandle.__init__(self)
         self.header, self.limits = header, limits
         self.chat_template: ChatTemplate | None = None  # the file's own
         self._has_templates = False
@@ -65,7 +65,7 @@ class CheckedLlama(Lifetime, llama_cpp.Llama):
         self._processors: Processors | None = None  # of the generation that runs
         self._watch = Watch()
         try:
-            super(Lifetime, self).__init__(path, **kwargs)
+            super(NativeHandle, self).__init__(path, **kwargs)
             self._raise_signal()
         except Exception as error:  # noqa: BLE001 - raised again
             if (raised := self._watch.take_raised()) is not None:  # Ctrl-C, say, while it was loaded
@@ -191,7 +191,7 @@ class CheckedLlama(Lifetime, llama_cpp.Llama):
             llama.cpp does not take it, or it would need too much time or memory.
         """
         check_grammar(grammar._grammar, grammar._root, self.n_vocab(), self.limits)
-        with quiet():
+        with muted_llama_log():
             sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
         reason = native.kvcast_grammar_error().decode(errors="replace")
         if not sampler:

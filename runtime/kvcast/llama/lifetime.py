@@ -19,10 +19,10 @@ EXIT_WAIT_S = 4.0  # for threads that are still inside a model when the interpre
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_open: weakref.WeakSet[Lifetime] = weakref.WeakSet()
+_open: weakref.WeakSet[NativeHandle] = weakref.WeakSet()
 
 
-class Closed:
+class ClosedHandle:
     """Stands for what was freed: asking it for anything says so."""
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -30,10 +30,10 @@ class Closed:
 
 
 def inside(method: Method) -> Method:
-    """The method, as a call that needs the native model of a ``Lifetime``."""
+    """The method, as a call that needs the native model of a ``NativeHandle``."""
 
     @functools.wraps(method)
-    def call(self: Lifetime, *args: Any, **kwargs: Any) -> Any:
+    def call(self: NativeHandle, *args: Any, **kwargs: Any) -> Any:
         with self._using():
             return method(self, *args, **kwargs)
 
@@ -41,17 +41,17 @@ def inside(method: Method) -> Method:
 
 
 def in_turn(method: Method) -> Method:
-    """The method, as a call that waits for its turn at a ``Lifetime``'s one sequence."""
+    """The method, as a call that waits for its turn at a ``NativeHandle``'s one sequence."""
 
     @functools.wraps(method)
-    def call(self: Lifetime, *args: Any, **kwargs: Any) -> Any:
+    def call(self: NativeHandle, *args: Any, **kwargs: Any) -> Any:
         with self._in_turn():
             return method(self, *args, **kwargs)
 
     return cast(Method, call)
 
 
-class Lifetime:
+class NativeHandle:
     """Mixin: calls that need the native model run inside ``_using``; ``close`` frees it when no call is inside. Those that change its one
     sequence take turns (``_in_turn``).
 

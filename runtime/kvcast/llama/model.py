@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bindings.log import Hush
+from ..bindings.log import MutedLog
 from ..checks import function_or_address, optional, wrong
 from ..config import SparseConfig
 from ..engine.observers import AttentionFn, KvFn
@@ -27,7 +27,7 @@ from .callbacks import attention_caller, kv_caller
 from .checked import CheckedLlama
 from .exact import attention_row
 from .failures import of_step
-from .lifetime import Closed, Lifetime, in_turn
+from .lifetime import ClosedHandle, NativeHandle, in_turn
 from .loading import SMALLER, prepared
 from .speculative import VERIFY_TOKENS, ShortDraft
 
@@ -92,7 +92,7 @@ class Llama(CheckedLlama):
         self._n_cached = -1  # tokens in the KV cache, as far as is certain
         self._n_last = 0  # tokens that were evaluated last, together
         self._mark = object()  # of that evaluation
-        self._hush: Hush | None = None  # until the next step: llama.cpp calls a stopped one an error, in three lines
+        self._muted: MutedLog | None = None  # until the next step: llama.cpp calls a stopped one an error, in three lines
         if not isinstance(sparse, SparseConfig | None):
             raise wrong("sparse", sparse, "a SparseConfig, or None")
         path = os.fsdecode(model_path)
@@ -319,7 +319,7 @@ class Llama(CheckedLlama):
             self._session.close()
         self._forget_native()
         if hasattr(self, "_stack"):
-            super(Lifetime, self).close()
+            super(NativeHandle, self).close()
         if hasattr(self, "_watch"):
             self._watch.close()
 
@@ -331,7 +331,7 @@ class Llama(CheckedLlama):
     def _forget_native(self) -> None:
         self._session = None
         if hasattr(self, "_ctx"):
-            closed: Any = Closed()
+            closed: Any = ClosedHandle()
             self._ctx = self._model = self._batch = self.tokenizer_ = closed
 
     # ---- kvcast's own
@@ -360,14 +360,14 @@ class Llama(CheckedLlama):
         with self._lock:
             if self._freed:
                 return
-            self._hush = Hush()
+            self._muted = MutedLog()
             self._watch.stop()
             if self._session is not None:
                 self._session.attached.abort()
 
     def _clear_abort(self) -> None:
         with self._lock:
-            self._hush = None
+            self._muted = None
             if self._closing:
                 return
             self._watch.go_on()
@@ -441,7 +441,7 @@ class Llama(CheckedLlama):
 
         def failed(error: BaseException) -> int:
             self._callback_error = error  # raised again when the step has been undone
-            self._hush = Hush()
+            self._muted = MutedLog()
             return 1
 
         self.session.attached.set_attention_callback(attention_caller(self.session, fn, self._calling_back), failed)

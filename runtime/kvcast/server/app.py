@@ -26,8 +26,8 @@ from .. import __version__
 from ..llama.messages import for_template
 from .bounds import Bodies, busy
 from .errors import ApiError, add_handlers, error_body
-from .origin_guard import Guard
-from .request_queue import NOTHING_YET, Answer, Desk, Stopped
+from .origin_guard import OriginGuard
+from .request_queue import NOTHING_YET, Answer, RequestQueue, Stopped
 from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import ServedLlama
 from .settings import ServerSettings
@@ -45,9 +45,9 @@ EVENTS = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-st
 PING = ": ping\n\n"  # a comment
 
 
-def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
+def make_app(settings: ServerSettings, desk: RequestQueue) -> FastAPI:
     """The application: API, page, map."""
-    guard = Middleware(Guard, hosts=settings.allow_hosts, origins=settings.allow_origins, bounds=settings.bounds)
+    guard = Middleware(OriginGuard, hosts=settings.allow_hosts, origins=settings.allow_origins, bounds=settings.bounds)
     cors = Middleware(CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"])
     app = FastAPI(
         title="kvcast",
@@ -78,7 +78,7 @@ def make_app(settings: ServerSettings, desk: Desk) -> FastAPI:
     return app
 
 
-def _add_completions(app: FastAPI, desk: Desk, settings: ServerSettings, allowed: dict[str, Any]) -> None:
+def _add_completions(app: FastAPI, desk: RequestQueue, settings: ServerSettings, allowed: dict[str, Any]) -> None:
     bodies = Bodies(settings.bounds)
     kinds: list[type[BaseModel]] = [ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest]
     of = {kind: bodies.of(kind) for kind in kinds}
@@ -179,7 +179,7 @@ def _event(value: Any) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def _add_live(app: FastAPI, desk: Desk, settings: ServerSettings, allowed: dict[str, Any]) -> None:
+def _add_live(app: FastAPI, desk: RequestQueue, settings: ServerSettings, allowed: dict[str, Any]) -> None:
     n_streams = 0
 
     def snapshot() -> dict[str, Any]:

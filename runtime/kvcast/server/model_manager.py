@@ -28,7 +28,7 @@ _ARGUMENTS = set(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"sel
 _KINDS = {"bool": lambda v: v.lower() in ("true", "1"), "int": int, "float": float, "str": str}
 
 
-class Proxy(LlamaProxy):
+class ModelManager(LlamaProxy):
     """See ``LlamaProxy``. ``lock`` is held while the model is replaced.
 
     Parameters

@@ -37,7 +37,7 @@ def _mark(blocks, n, step, hold, seen, entered):
             seen[row, b] = step
 
 
-class Live:
+class SessionMonitor:
     """Figures of a served model, renewed by its steps.
 
     Parameters

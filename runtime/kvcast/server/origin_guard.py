@@ -15,7 +15,7 @@ from .bounds import Bounds
 from .errors import ApiError, error_body
 
 
-class Guard:
+class OriginGuard:
     """ASGI middleware against DNS rebinding, requests across origins and headers beyond the bounds.
 
     A rebound name is neither localhost, nor an address, nor this machine's name: its requests are refused with 403. So are

@@ -14,7 +14,7 @@ from fastapi import Request
 
 from .bounds import Bounds, busy
 from .errors import OF_THE_REQUEST, ApiError, of_the_request
-from .model_manager import Proxy
+from .model_manager import ModelManager
 from .served import ServedLlama, Turn
 
 WAITS_S = 0.06  # for its turn, before a stream is begun without knowing whether the request can be answered
@@ -95,7 +95,7 @@ class Stopped(ApiError):
         self.by_request = by_request
 
 
-class Desk:
+class RequestQueue:
     """Hands the model from request to request.
 
     Parameters
@@ -106,7 +106,7 @@ class Desk:
     bounds : Bounds
     """
 
-    def __init__(self, proxy: Proxy, interrupt: bool = False, bounds: Bounds | None = None):
+    def __init__(self, proxy: ModelManager, interrupt: bool = False, bounds: Bounds | None = None):
         self.proxy = proxy
         self.closing = False
         self.working = threading.Lock()  # held while a thread uses the model

@@ -14,15 +14,15 @@ from ..errors import KvcastError
 from ..terminal import PLAIN
 from .app import make_app
 from .connection import BACKLOG, bounded
-from .model_manager import Proxy
-from .request_queue import Desk
+from .model_manager import ModelManager
+from .request_queue import RequestQueue
 from .settings import ModelSettings, ServerSettings
 
 
 class Server(uvicorn.Server):
     """uvicorn's server; a signal also ends what the model computes and the streams that never end by themselves."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk):
+    def __init__(self, config: uvicorn.Config, desk: RequestQueue):
         super().__init__(config)
         self._desk = desk
 
@@ -48,7 +48,7 @@ def listen(settings: ServerSettings) -> socket.socket:
         ) from error
 
 
-def make_server(settings: ServerSettings, desk: Desk, say: Callable[[str], None] = print) -> Server:
+def make_server(settings: ServerSettings, desk: RequestQueue, say: Callable[[str], None] = print) -> Server:
     """The server, ready to ``run(sockets=[...])``."""
     bounds = settings.bounds
     config = uvicorn.Config(
@@ -78,8 +78,8 @@ def run(settings: ServerSettings, models: list[ModelSettings], say: Callable[[st
         The address is not free, or the first model cannot be loaded.
     """
     with listen(settings) as listening:
-        proxy = Proxy(models, DocumentCache() if settings.keep_documents else None, say)
-        desk = Desk(proxy, settings.interrupt_requests, settings.bounds)
+        proxy = ModelManager(models, DocumentCache() if settings.keep_documents else None, say)
+        desk = RequestQueue(proxy, settings.interrupt_requests, settings.bounds)
         try:
             server = make_server(settings, desk, say)
             host, port = listening.getsockname()[:2]

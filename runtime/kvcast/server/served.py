@@ -21,7 +21,7 @@ from ..errors import ContextFull, GenerationError, KvcastError
 from ..gguf.reader import GgufFile
 from ..llama.model import Llama
 from .completions import echoed, in_one_piece, with_offsets
-from .monitor import Live
+from .monitor import SessionMonitor
 
 log = logging.getLogger("kvcast.server")
 
@@ -70,7 +70,7 @@ class ServedLlama(Llama):
         self._documents = documents
         self.name = name
         super().__init__(*args, **kwargs)
-        self.live = Live(self)
+        self.live = SessionMonitor(self)
 
     @contextlib.contextmanager
     def turn(self, turn: Turn) -> Iterator[None]:

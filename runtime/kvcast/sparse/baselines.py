@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..blocks import BLOCK_TOKENS
 from .history import History
 
@@ -31,7 +31,7 @@ class Quest:
     n_steps_kept = 0
     by_rows = on_gpu = False
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: NativeContext):
         if attached.trace_q is None or attached.info.type_k != 1:
             raise ValueError("predictor 'quest' needs an f16 store and a session made for it; load the model with predictor='quest'")
         self._attached = attached
@@ -63,21 +63,21 @@ class Quest:
         return np.concatenate(scores).astype(np.float32)
 
 
-class Recent:
+class StreamingLLM:
     """The most recent blocks (StreamingLLM, Xiao et al. 2024, arXiv 2309.17453, without renumbered positions)."""
 
     n_steps_kept = 0
     state_bytes_per_block = 0
     by_rows = on_gpu = False
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: NativeContext):
         self._n_rows = attached.info.n_layer * attached.info.n_head_kv
 
     def predict(self, history: History, n_blocks: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         return np.tile(np.arange(1, n_blocks + 1, dtype=np.float32), (self._n_rows, 1))
 
 
-class HeavyHitters:
+class H2O:
     """Attention accumulated over steps; what was not kept once never returns (H2O, Zhang et al. 2023, arXiv 2306.14048).
 
     Accumulated from the last 64 tokens of the prompt on, where the authors have all of them. For sets that are selected anew at
@@ -88,7 +88,7 @@ class HeavyHitters:
     state_bytes_per_block = 4
     by_rows = on_gpu = False
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: NativeContext):
         info = attached.info
         self._table = attached.blocks.reshape(-1, info.n_blocks)
         self._n_listed = attached.n_listed.reshape(-1)
@@ -112,14 +112,14 @@ class HeavyHitters:
         return np.where(self._gone, np.float32(-1), self._sums)
 
 
-class PromptOnly:
+class SnapKV:
     """What the last tokens of the prompt attended to, and all that came after it (SnapKV, Li et al. 2024, arXiv 2404.14469)."""
 
     n_steps_kept = PROMPT_STEPS
     state_bytes_per_block = 4
     by_rows = on_gpu = False
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: NativeContext):
         self._scores = np.zeros((attached.info.n_layer * attached.info.n_head_kv, attached.info.n_blocks), np.float32)
         self._epoch = -1
 
@@ -131,9 +131,9 @@ class PromptOnly:
         return self._scores
 
 
-BY_NAME: dict[str, Callable[[Attached], Predictor]] = {
+BY_NAME: dict[str, Callable[[NativeContext], Predictor]] = {
     "quest": Quest,
-    "streaming": Recent,
-    "h2o": HeavyHitters,
-    "snapkv": PromptOnly,
+    "streaming": StreamingLLM,
+    "h2o": H2O,
+    "snapkv": SnapKV,
 }

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..blocks import BLOCK_TOKENS
 
 Ids = npt.NDArray[np.int32]
@@ -92,7 +92,7 @@ class Pool:
         Blocks moved, since the start.
     """
 
-    def __init__(self, attached: Attached, spread: Callable[[list[tuple]], Any]):
+    def __init__(self, attached: NativeContext, spread: Callable[[list[tuple]], Any]):
         info, pool = attached.info, attached.pool_info
         self._attached = attached
         self._spread = spread

@@ -13,7 +13,7 @@ from predictor_onnx.features import DECAYS
 from predictor_onnx.infer import PredictorError, open_predictor, resolve
 from predictor_onnx.runtime import onnxruntime
 
-from ..bindings.context import Attached
+from ..bindings.context import NativeContext
 from ..config import SparseConfig
 from ..cores import usable_cores
 from ..errors import KvcastError
@@ -41,7 +41,7 @@ class Predictor(Protocol):
         ...
 
 
-class Average:
+class EmaPredictor:
     """The exponential average of one decay; decay 0 is the score of the last step."""
 
     n_steps_kept = 0
@@ -57,7 +57,7 @@ class Average:
         return history.averages[rows, self._index, :]
 
 
-class Nothing:
+class SinkWindowOnly:
     """No block between sink and window is worth keeping (sink and window only)."""
 
     n_steps_kept = 0
@@ -69,7 +69,7 @@ class Nothing:
         return np.full((len(history.averages), n_blocks), -1.0, np.float32)
 
 
-class Learned:
+class OnnxPredictor:
     """A network of ``predictor_onnx``, by name or path, or an ONNX file's content.
 
     Where a prediction fails, takes too long or is none, that is said once, and the average takes the network's place.
@@ -82,7 +82,7 @@ class Learned:
 
     def __init__(self, name: str | bytes, n_threads: int, cuda: bool):
         self._network = open_predictor(resolve(name) if isinstance(name, str) else name, n_threads, cuda=cuda)
-        self._average: Average | None = None  # in the network's place
+        self._average: EmaPredictor | None = None  # in the network's place
         self.n_steps_kept = self._network.n_steps_kept
         self.state_bytes_per_block = self._network.state_bytes_per_block
         self.by_rows = self._network.by_rows
@@ -99,7 +99,7 @@ class Learned:
 
     def _give_up(self, error: PredictorError) -> None:
         if self._average is None:  # several threads may come to it
-            self._average = Average(0.9)
+            self._average = EmaPredictor(0.9)
             warnings.warn(f"'ema' is used from here on: {error}", stacklevel=1)  # one place, so that it is said once
 
 
@@ -116,7 +116,7 @@ def default() -> str:
     return "onnx:stream"
 
 
-def make(config: SparseConfig, attached: Attached, embedded: Embedded | None = None) -> Predictor:
+def make(config: SparseConfig, attached: NativeContext, embedded: Embedded | None = None) -> Predictor:
     """The predictor of a SparseConfig; ``oracle`` ranks the true scores that the session put last.
 
     ``auto`` is the predictor that travels in the model's file where there is one that can be used.
@@ -130,13 +130,13 @@ def make(config: SparseConfig, attached: Attached, embedded: Embedded | None = N
         name = default()
         if embedded is not None and name != "ema":
             try:
-                return Learned(embedded.checked(), n_threads, cuda)
+                return OnnxPredictor(embedded.checked(), n_threads, cuda)
             except (KvcastError, PredictorError) as error:
                 warnings.warn(f"the model's own predictor is left out and {name!r} used instead: {error}", stacklevel=1)
     if name.startswith("onnx:"):
-        return Learned(name.removeprefix("onnx:"), n_threads, cuda)
+        return OnnxPredictor(name.removeprefix("onnx:"), n_threads, cuda)
     if name in published.BY_NAME:
         return published.BY_NAME[name](attached)
     if name == "window":
-        return Nothing()
-    return Average({"ema": 0.9, "last": 0.0, "oracle": 0.0}[name])
+        return SinkWindowOnly()
+    return EmaPredictor({"ema": 0.9, "last": 0.0, "oracle": 0.0}[name])

@@ -1,8 +1,7 @@
+// Attaching to a context: whether it can be served, and what is allocated for it.
 #include "context.h"
-#include "kvcast-grammar.h"
-#include "kvcast-graph.h"
 #include "pool.h"
-#include "stream.h"
+#include "prefill_stream.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache-iswa.h"
@@ -11,25 +10,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
 #include <set>
-
-static constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
 
 kvcast_context::kvcast_context() = default;
 kvcast_context::~kvcast_context() = default;
-
-static thread_local std::string grammar_error, grammar_error_asked;
-void kvcast_grammar_failed(const char * what) { grammar_error = what; }
-const char * kvcast_grammar_error(void) {
-    grammar_error_asked.swap(grammar_error);
-    grammar_error.clear();
-    return grammar_error_asked.c_str();
-}
-
-const char * kvcast_version(void) {
-    return KVCAST_VERSION;
-}
 
 // ---- refusal
 
@@ -167,11 +151,6 @@ static std::string why_not_hooked(kvcast_context & kv) {
     return "";
 }
 
-kvcast_layer * kvcast_context::layer_of(int il) const {
-    const auto at = std::lower_bound(model_layers.begin(), model_layers.end(), il);
-    return at != model_layers.end() && *at == il ? layers[at - model_layers.begin()].get() : nullptr;
-}
-
 static kvcast_context * attach(llama_context * ctx, const kvcast_params & params, char * error, int32_t n_error) {
     const std::string why = why_not(*ctx);
     if (!why.empty() || params.max_taps < 1) {
@@ -216,8 +195,8 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         kv->trace_q     .resize(taps*info.n_head*info.head_dim_k);
         kv->trace_scores.resize(taps*info.n_head*info.n_blocks);
     }
-    kv->cell_pos     .resize(info.n_cells,  NEVER);
-    kv->block_max_pos.resize(info.n_blocks, NEVER);
+    kv->cell_pos     .resize(info.n_cells,  kvcast::NEVER);
+    kv->block_max_pos.resize(info.n_blocks, kvcast::NEVER);
     kv->all_blocks   .resize(info.n_blocks);
     for (int b = 0; b < info.n_blocks; ++b) {
         kv->all_blocks[b] = b;
@@ -325,236 +304,4 @@ void kvcast_detach(kvcast_context * kv) {
     cparams.kvcast = nullptr;
     kv->ctx->set_abort_callback(nullptr, nullptr);
     delete kv;
-}
-
-void kvcast_set_mode(kvcast_context * kv, int32_t mode) {
-    if (kv->mode == KVCAST_DENSE && mode != KVCAST_DENSE) {
-        kv->known = false; // dense batches do not pass through begin_step
-    }
-    kv->mode = mode;
-    auto & cparams = const_cast<llama_cparams &>(kv->ctx->get_cparams());
-    cparams.kvcast_mode = mode == KVCAST_DENSE && kv->stream ? KVCAST_STREAM : mode;
-    if (kv->stream) {
-        cparams.cb_eval           = mode == KVCAST_SPARSE ? nullptr : kvcast::stream_callback;
-        cparams.cb_eval_user_data = kv;
-    }
-}
-
-// ---- the tables of a step
-
-void kvcast_context::fail(const std::string & why) {
-    if (error.empty()) {
-        error = why;
-    }
-    abort = true;
-}
-
-bool kvcast_context::stops() {
-    if (watch && kvcast_watch_stops(watch)) {
-        abort = true;
-    }
-    return abort;
-}
-
-void kvcast_context::update_cells(const llama_ubatch & ubatch, const int64_t * idxs) {
-    const auto & cells = cache->get_cells(0);
-
-    if (known && cells.get_used() == n_known + ubatch.n_tokens) {
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            cell_pos[idxs[i]] = ubatch.pos[i];
-        }
-    } else {
-        for (int c = 0; c < info.n_cells; ++c) {
-            cell_pos[c] = cells.is_empty(c) ? NEVER : cells.pos_get(c);
-        }
-        for (int b = 0; b < info.n_blocks; ++b) {
-            block_max_pos[b] = *std::max_element(&cell_pos[b*KVCAST_BLOCK], &cell_pos[b*KVCAST_BLOCK] + KVCAST_BLOCK);
-        }
-    }
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const int64_t b = idxs[i]/KVCAST_BLOCK;
-        block_max_pos[b] = *std::max_element(&cell_pos[b*KVCAST_BLOCK], &cell_pos[b*KVCAST_BLOCK] + KVCAST_BLOCK);
-    }
-    n_known = cells.get_used();
-    known   = true;
-    n_used_blocks = (int) (cells.used_max_p1() + KVCAST_BLOCK - 1)/KVCAST_BLOCK;
-}
-
-bool kvcast_context::check_lists(int32_t new_block) {
-    for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
-        const int32_t * list = &blocks[(size_t) row*info.n_blocks];
-        const int n = n_listed[row];
-        bool good = n >= 1 && n_attended(row) <= info.n_blocks;
-        bool has_new = false;
-        for (int i = 0; good && i < n; ++i) {
-            good = list[i] >= 0 && list[i] < n_used_blocks && (i == 0 || list[i] > list[i - 1]);
-            has_new |= list[i] == new_block;
-        }
-        if (!good || !has_new) {
-            fail("the block list of layer " + std::to_string(model_layers[row/info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) +
-                (good ? " lacks the block of the new token" : " is empty, not ascending or names a block that holds nothing"));
-            return false;
-        }
-    }
-    if (summary) {
-        const auto & s = *summary;
-        const int n_range = s.free_end - s.free_begin;
-        for (size_t row = 0; row < s.n_free.size(); ++row) {
-            if (s.n_free[row] == 0) {
-                continue;
-            }
-            int n_inside = 0;
-            for (int i = 0; i < n_listed[row]; ++i) {
-                n_inside += blocks[row*info.n_blocks + i] >= s.free_begin && blocks[row*info.n_blocks + i] < s.free_end;
-            }
-            if (s.free_begin < 0 || s.free_end >= n_used_blocks || s.n_free[row] < 0 || s.n_free[row] > n_range - n_inside) {
-                fail("layer " + std::to_string(model_layers[row/info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) + " cannot choose " +
-                    std::to_string(s.n_free[row]) + " blocks of [" + std::to_string(s.free_begin) + ", " + std::to_string(s.free_end) + ")");
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
-// Cuts the lists into parts of about equal size, several for each thread, so that uneven threads end together.
-void kvcast_context::plan_sparse() {
-    const int n_threads = (int) ctx->n_threads();
-    size_t n_parts_max = 0;
-    for (auto & layer : layers) {
-        std::vector<int> n(info.n_head_kv);
-        int total = 0;
-        for (int h = 0; h < info.n_head_kv; ++h) {
-            n[h] = n_attended((size_t) layer->id*info.n_head_kv + h);
-            total += n[h];
-        }
-        const int size = std::clamp(total/(4*n_threads), 4, 64);
-        layer->parts.clear();
-        layer->choosers.clear();
-        for (int h = 0; h < info.n_head_kv; ++h) {
-            const size_t row = (size_t) layer->id*info.n_head_kv + h;
-            const bool chooses = summary && summary->n_free[row] > 0 && summary->wait[row] == 0;
-            layer->chosen[h] = !chooses;
-            if (chooses) {
-                layer->choosers.push_back(h);
-            } else if (summary && summary->wait[row] > 0) {
-                summary->wait[row]--;
-            }
-            const int n_parts = (n[h] + size - 1)/size;
-            for (int i = 0; i < n_parts; ++i) {
-                layer->parts.push_back({h, (int) ((int64_t) n[h]*i/n_parts), (int) ((int64_t) n[h]*(i + 1)/n_parts)});
-            }
-            layer->n_parts[h] = n_parts;
-            stats.blocks_read += n[h];
-        }
-        n_parts_max = std::max(n_parts_max, layer->parts.size());
-    }
-    if (part_max.size() < n_parts_max*group()) {
-        part_max.resize(n_parts_max*group());
-        part_sum.resize(n_parts_max*group());
-        part_out.resize(n_parts_max*group()*info.head_dim_v);
-    }
-    stats.n_steps++;
-}
-
-void kvcast_context::plan_history(int n_taps) {
-    const int size = 8; // queries that share one widening of K
-    for (auto & layer : layers) {
-        layer->parts.clear();
-        for (int h = 0; h < info.n_head_kv; ++h) {
-            for (int i = 0; i < n_taps; i += size) {
-                layer->parts.push_back({h, i, std::min(n_taps, i + size)});
-            }
-            layer->n_parts[h] = (n_taps + size - 1)/size;
-        }
-    }
-}
-
-void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled) {
-    if (ubatch.n_tokens > (mode == KVCAST_SPARSE ? 1u : (uint32_t) info.max_taps)) {
-        if (mode == KVCAST_HISTORY) {
-            fail("a batch in history mode has " + std::to_string(ubatch.n_tokens) + " tokens, more than max_taps");
-        }
-        known = false;
-        return;
-    }
-    update_cells(ubatch, cells);
-    q_pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
-    if (pooled) {
-        if (pool->step_open) {
-            fail("the results of the step before were not collected (kvcast_collect)");
-        } else if (kvcast::send_inbox(*this, (int32_t) cells[0])) {
-            stats.n_steps++;
-            for (const int n : n_listed) {
-                stats.blocks_read += n;
-            }
-        }
-        return;
-    }
-    if (mode == KVCAST_SPARSE) {
-        if (!check_lists((int32_t) (cells[0]/KVCAST_BLOCK))) {
-            return;
-        }
-        plan_sparse();
-    } else {
-        plan_history((int) ubatch.n_tokens);
-    }
-    for (auto & layer : layers) {
-        layer->next = 0;
-        layer->n_done = 0;
-        layer->next_chunk = 0;
-        layer->heads_chosen = 0;
-        for (int h = 0; h < info.n_head_kv; ++h) {
-            layer->parts_done[h] = 0;
-            layer->chunks_done[h] = 0;
-        }
-    }
-}
-
-// ---- the rest of the API
-
-kvcast_info  kvcast_get_info (const kvcast_context * kv) { return kv->info; }
-const int32_t * kvcast_model_layers(const kvcast_context * kv) { return kv->model_layers.data(); }
-kvcast_stats kvcast_get_stats(const kvcast_context * kv) { return kv->stats; }
-void kvcast_reset_stats(kvcast_context * kv) { kv->stats = {}; }
-
-void kvcast_invalidate(kvcast_context * kv, int32_t first_cell) {
-    kv->known = false;
-    if (kv->pool) {
-        kv->pool->step_open = false;
-    }
-    if (kv->stream) {
-        kvcast::release_stream(*kv);
-    }
-    if (kv->summary) {
-        for (auto & n : kv->summary->n_done) {
-            n = std::min(n, first_cell/KVCAST_BLOCK);
-        }
-    }
-}
-void kvcast_abort(kvcast_context * kv) { kv->abort = true; }
-void kvcast_set_watch(kvcast_context * kv, kvcast_watch * watch) { kv->watch = watch; }
-void kvcast_clear_abort(kvcast_context * kv) { kv->abort = false; kv->error.clear(); }
-const char * kvcast_last_error(const kvcast_context * kv) { return kv->error.c_str(); }
-
-void kvcast_set_attention_callback(kvcast_context * kv, kvcast_attention_callback fn, void * user) {
-    kv->callback      = fn;
-    kv->callback_user = user;
-}
-
-int32_t * kvcast_blocks  (kvcast_context * kv) { return kv->blocks.data(); }
-int32_t * kvcast_n_listed(kvcast_context * kv) { return kv->n_listed.data(); }
-
-const float * kvcast_scores        (const kvcast_context * kv) { return kv->scores.data(); }
-const float * kvcast_history_scores(const kvcast_context * kv) { return kv->history_scores.data(); }
-const float * kvcast_lse           (const kvcast_context * kv) { return kv->lse.data(); }
-const float * kvcast_trace_q       (const kvcast_context * kv) { return kv->trace_q.empty() ? nullptr : kv->trace_q.data(); }
-const float * kvcast_trace_scores  (const kvcast_context * kv) { return kv->trace_scores.empty() ? nullptr : kv->trace_scores.data(); }
-
-const void * kvcast_k_data(const kvcast_context * kv, int32_t layer) {
-    return kv->layers[layer]->k;
-}
-
-const void * kvcast_v_data(const kvcast_context * kv, int32_t layer) {
-    return kv->layers[layer]->v;
 }

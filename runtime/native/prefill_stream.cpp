@@ -1,7 +1,7 @@
 // A large batch attends on the GPU to a cache in host memory. The scheduler would copy each layer's K and V between two stops of
 // the compute, and have the CPU write the new rows. Here the GPU writes them, the old rows of the next layer come up and the new
 // rows of the layer before go down while a layer is computed. The scheduler stops once a layer, at its mark.
-#include "stream.h"
+#include "prefill_stream.h"
 
 #include "context.h"
 #include "kvcast-graph.h"
