@@ -10,10 +10,21 @@ SOURCES := pyproject.toml runtime/CMakeLists.txt $(wildcard runtime/native/* run
 put_python = find $(1)/kvcast -mindepth 1 -maxdepth 1 ! -name lib ! -name _vendor -exec rm -rf {} + && \
     tar -C runtime --exclude=kvcast/lib --exclude=kvcast/_vendor -cf - kvcast | tar -C $(1) -xf - && cp -r predictor_onnx $(1)/
 
-.PHONY: demo test test-installers test-vulkan test-convert test-long wheel soak kills writers faults fuzz attack sanitize lint docs bench patches reference constraints clean
+.PHONY: demo check develop test test-installers test-vulkan test-convert test-long wheel soak kills writers faults fuzz attack sanitize lint docs bench patches reference constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
+
+# what to run at each save: under a minute once Numba's kernels are compiled
+check: lint
+	$(BIN)/python -m pytest tests/unit
+
+# the built libraries beside the sources, so that tests can run from the tree: PYTHONPATH=runtime:.
+develop: $(VENV)/.installed
+	for part in lib _vendor; do \
+	    rm -rf runtime/kvcast/$$part && \
+	    cp -r $$(cd / && $(abspath $(BIN))/python -c "import kvcast; print(kvcast.__path__[0])")/$$part runtime/kvcast/ || exit 1; \
+	done
 
 test: $(VENV)/.installed lint reference
 	$(BIN)/python -m pytest
@@ -59,7 +70,7 @@ $(VULKAN)/.built: $(wildcard runtime/native/* patches/* tests/vulkan/*.patch) ru
 # A Hugging Face checkpoint to GGUF, which needs torch and transformers: beside the project's own environment. TORCH names the build.
 TORCH ?= torch==2.13.0
 test-convert: $(VENV)/.installed build/convert/.installed
-	PYTHONPATH=build/convert $(BIN)/python -m pytest tests/test_convert.py
+	PYTHONPATH=build/convert $(BIN)/python -m pytest tests/system/test_convert.py
 
 build/convert/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade --target build/convert $(TORCH) "transformers>=4.57,<5" safetensors sentencepiece
@@ -67,7 +78,7 @@ build/convert/.installed: pyproject.toml
 
 # the contracts at 4,096 tokens: a quarter of an hour
 test-long: $(VENV)/.installed reference
-	KVCAST_LONG=1 $(BIN)/python -m pytest tests/test_contract.py
+	KVCAST_LONG=1 $(BIN)/python -m pytest tests/contract/test_contract.py
 
 # long runs: half an hour
 soak: $(VENV)/.installed
@@ -98,7 +109,7 @@ attack: $(VENV)/.installed
 TINY := build/sanitize/tiny.gguf
 sanitize: build/sanitize/.built
 	$(call put_python,build/sanitize/site)
-	PYTHONPATH=tests $(BIN)/python -c "import shapes; shapes.write_shape('$(TINY)')"
+	PYTHONPATH=tests/helpers $(BIN)/python -c "import shapes; shapes.write_shape('$(TINY)')"
 	build/sanitize/thread/bin/handover $(TINY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/address/bin/handover $(TINY)
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \

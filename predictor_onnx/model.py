@@ -10,7 +10,7 @@ BASE = 3  # index of the average that is corrected (decay 0.9)
 EPSILON = 1e-6
 
 
-class Stream(nn.Module):
+class Stream(nn.Module):  # type: ignore[misc]  # torch need not be installed
     """Conv 5-16 (k=3), 16-8 (k=3), 8-1 (k=1) over blocks, on the logs of five exponential averages.
 
     It learns a correction to the average that the runtime would use alone: scores = average(0.9) * exp(correction). With
@@ -38,7 +38,7 @@ class Stream(nn.Module):
         return torch.clamp(self.conv2(x)[:, 0], -4.0, 4.0)
 
 
-class Paper(nn.Module):
+class Paper(nn.Module):  # type: ignore[misc]  # torch need not be installed
     """AttentionPredictor's CNN (arXiv 2502.04077, section 4.2): Conv 1-16-32 (3x3) on 64 steps of block scores, mean over time, 1x1.
 
     Trained on block sums, which is what the runtime observes; the paper pools by maximum.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-import fuzzing  # noqa: F401 - which finds tests/tiny.py
+import fuzzing  # noqa: F401 - which finds tests/helpers/tiny.py
 from kvcast import Llama, SessionError, SparseConfig
 from tiny import SHAPES, write_tiny
 

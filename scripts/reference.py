@@ -1,6 +1,6 @@
 """Writes docs/cli.md and docs/api.md from the code: the commands' own help, and signatures and docstrings of what is public.
 
-python scripts/reference.py [FOLDER]    (`make docs`; tests/test_reference.py compares)
+python scripts/reference.py [FOLDER]    (`make docs`; tests/unit/test_reference.py compares)
 """
 
 import ast
@@ -42,8 +42,21 @@ def api() -> str:
             node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
             parts.append(described(node, module))
             if isinstance(node, ast.ClassDef):
-                parts += [described(method, name) for method in node.body if is_public(method)]
+                parts += [described(method, name) for method in methods(thing)]
     return "\n".join(parts)
+
+
+def methods(kind: type) -> list[ast.FunctionDef]:
+    """Public ones, its own first, then those of kvcast's classes that it is made from and that it leaves as they are."""
+    found: dict[str, ast.FunctionDef] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] != "kvcast" or (base is not kind and base.__name__ == "NativeHandle"):
+            continue
+        node = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(node, ast.ClassDef)
+        of_base = [n for n in node.body if isinstance(n, ast.FunctionDef) and is_public(n)]
+        found |= {n.name: n for n in reversed(of_base) if n.name not in found}
+    return sorted(found.values(), key=lambda n: n.name)
 
 
 def is_public(node: ast.stmt) -> bool:

@@ -25,7 +25,7 @@ from kvcast.bindings.api import llama_cpp
 from kvcast.bindings.context import NativeContext
 from kvcast.cores import usable_cores
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from small import first_layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ TEXTS = [ROOT / "scripts/demo.txt", *sorted((ROOT / "tests/data").glob("*.txt"))
 N_LAYER = 4
 N_CTX, N_STEPS, CHECK_EVERY = 2048, 500, 250
 ROOM = 200  # tokens that an edit and the steps after it may add
-LOGIT_DIFFERENCE = 1.8  # as stated in tests/test_contract.py
+LOGIT_DIFFERENCE = 1.8  # as stated in tests/contract/test_contract.py
 MEMORY_BYTES = 20 << 20  # that the process may hold more in the last fifth of the sessions than in the first, in the median
 M_MMAP_THRESHOLD = -3  # of malloc.h
 EDITS = {"truncate": 3, "regenerate": 3, "prefix": 3, "save": 2, "load": 3, "configure": 3, "reset": 1}  # and how often

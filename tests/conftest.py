@@ -10,10 +10,8 @@ import pytest
 
 import kvcast
 from kvcast import models
+from places import DATA
 from small import first_layers
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "tests" / "data"
 
 # what was started in the background, or with nohup, ignores them, and so would every process that a test starts
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
@@ -56,3 +54,8 @@ def code() -> str:
 @pytest.fixture(scope="session")
 def prose() -> str:
     return (Path(kvcast.__file__).parent / "data" / "prose.txt").read_text()
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def kernels(request, monkeypatch):
+    monkeypatch.setenv("KVCAST_KERNELS", request.param)

@@ -37,7 +37,7 @@ _CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
-    """Settings of sparse attention; the defaults are what README's figures were measured with.
+    """Settings of sparse attention; the defaults are what the published figures were measured with.
 
     Parameters
     ----------

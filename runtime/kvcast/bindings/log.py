@@ -19,6 +19,8 @@ use_own_libraries()
 import llama_cpp.llama_cpp as llama_cpp  # noqa: E402
 from llama_cpp import _logger  # noqa: E402
 
+__all__ = ["MutedLog", "by_one", "is_lost", "llama_cpp", "muted_llama_log", "one_argument", "take_lost"]
+
 one_argument = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _lost: list[BaseException] = []  # what a signal handler raised while llama.cpp logged
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Generator
 
 from . import api as native
-from .api import llama_cpp
+from .loaded import llama_cpp
 from .log import is_lost, take_lost
 
 

@@ -22,6 +22,8 @@ from .serve import serve
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Long context on your own hardware.", pretty_exceptions_enable=False)
 app.add_typer(predictor_app, name="predictor")
 app.add_typer(eval_app, name="eval")
+for command in (plan, inspect, embed_predictor, extract_predictor):
+    app.command()(command)
 app.command("models")(list_models)
 app.command()(doctor)
 app.command("cache")(list_cache)
@@ -29,8 +31,6 @@ app.command()(chat)
 app.command()(serve)
 app.command()(bench)
 app.command()(trace)
-for command in (plan, inspect, embed_predictor, extract_predictor):
-    app.command()(command)
 
 
 def main() -> None:

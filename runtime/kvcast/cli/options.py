@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def sparse_config(budget, predictor, hold, calibrate, budgets, path, prefetch, u
     )
 
 
-def placement(gpu_layers: int, kv_type: str) -> dict[str, int]:
+def placement(gpu_layers: int, kv_type: str) -> dict[str, Any]:
     """Arguments of Llama."""
     from ..gguf.memory import KV_TYPES
 

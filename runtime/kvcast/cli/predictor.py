@@ -263,7 +263,7 @@ def evaluate(
     largest = max(c.budget for c in configs)
     start = SparseConfig(largest, predictor="quest" if traced else "ema", path=where, untested=True)
     report: dict[str, Any] = {"model": path.name, "context": context, "steps": steps, "documents": {}}
-    more = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
+    more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=context + steps + 64, sparse=start, verbose=False, **more)) as llm:
         if any(c.predictor.startswith("onnx:") for c in configs):
             llm.session.history.keep_steps(PaperPredictor.n_steps_kept)

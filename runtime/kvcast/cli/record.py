@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,7 @@ def trace(
     contexts = [context] if context else [1536, 3072, 6144]
     path = fetched(model)
     folder = out / path.stem
-    more = {"n_threads": threads} if threads else {}
+    more: dict[str, Any] = {"n_threads": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=max(contexts) + steps + 64, sparse=config, verbose=False, **more)) as llm:
         with progress(f"recording {path.stem}") as update:
             for i, (name, content) in enumerate(documents):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,7 @@ def serve(
         "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "path", "prefetch", "threads", "gpu_layers",
         "kv_type", "untested",
     )  # fmt: skip
-    given = [name for name in of_model if context.get_parameter_source(name).name == "COMMANDLINE"]
+    given = [name for name in of_model if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"]
     if config is not None:
         if given:
             raise KvcastError(f"{given[0]} is given beside --config; write it into {str(config)!r}")
@@ -79,9 +79,9 @@ def serve(
         if threads:
             more["n_threads"] = threads
         alias = name if models.find(name) else Path(name).stem
-        values = {"model": name, "model_alias": alias, "n_ctx": n_ctx, "sparse": None if dense else sparse, **more}
+        values: dict[str, Any] = {"model": name, "model_alias": alias, "n_ctx": n_ctx, "sparse": None if dense else sparse, **more}
         server, found = ServerSettings(), [checked(ModelSettings, values, "kvcast serve")]
-    options = {"host": host, "port": port, "api_key": api_key, "allow_origins": allow_origin, "allow_hosts": allow_host}
+    options: dict[str, Any] = {"host": host, "port": port, "api_key": api_key, "allow_origins": allow_origin, "allow_hosts": allow_host}
     if api_key is None:  # click takes an empty variable for none
         options["api_key"] = os.environ.get("KVCAST_API_KEY")
     values = {name: value for name, value in options.items() if value is not None}

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ..bindings import api as native
 from ..bindings.context import NativeContext
+from ..bindings.loaded import llama_cpp
 from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
 from ..cores import usable_cores
@@ -107,7 +108,7 @@ class DevicePath(AttentionPath):
     worker_name = "kvcast-prefetch"
 
     def __init__(self, ctx: int, config: SparseConfig, n_taps: int, trace: int):
-        n_blocks = _pool_blocks(config, native.llama_cpp.llama_n_ctx(ctx))
+        n_blocks = _pool_blocks(config, llama_cpp.llama_n_ctx(ctx))
         super().__init__(NativeContext(ctx, n_taps, trace, False, n_blocks, STAGING_SHARE))
         n_blocks = self.blocks.shape[1]
         self._wanted = np.zeros((self.n_rows, n_blocks), np.int32)  # critical blocks of the next lists

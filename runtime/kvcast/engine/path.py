@@ -143,6 +143,11 @@ class AttentionPath(ABC):
         self._warm_up()
         self.warm_up_selection()
 
+    @property
+    def free_range(self) -> tuple[int, int]:
+        """The blocks that the current lists let steps choose from; (0, 0): none."""
+        return 0, 0
+
     @abstractmethod
     def _warm_up(self) -> None: ...
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..bindings import api as native
-from ..bindings.api import llama_cpp
 from ..bindings.context import on_all_threads
+from ..bindings.loaded import llama_cpp
 from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
 from ..errors import KvcastError

@@ -136,7 +136,7 @@ def bench(
     Returns
     -------
     dict
-        The report, ready for JSON: README, "What bench writes".
+        The report, ready for JSON: docs/bench.md.
     """
     if n_context <= config.budget:
         raise ValueError(f"the context is {n_context} tokens and the budget {config.budget}: nothing is left out; take a longer --context")

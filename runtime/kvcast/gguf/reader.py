@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bindings.api import llama_cpp
+from ..bindings.loaded import llama_cpp
 from ..bindings.log import muted_llama_log
 from ..errors import ModelError
 

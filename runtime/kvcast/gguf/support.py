@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bindings.api import llama_cpp
 from ..bindings.context import NativeContext
+from ..bindings.loaded import llama_cpp
 from ..bindings.log import muted_llama_log
 from ..errors import SparseUnsupported, SparseUntested
 from .header import read_header
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..llama.model import Llama
 
 CANNOT_LOAD = "llama.cpp cannot load it as a text model"
-TESTED = (  # by tests/test_families.py; docs/coverage.md
+TESTED = (  # by tests/model/test_families.py; docs/coverage.md
     "cohere2", "gemma", "gemma3", "glm4", "granite", "llama", "mistral3", "olmo2", "phi3", "qwen2", "qwen3", "qwen3moe", "smollm3",
     "starcoder2",
 )  # fmt: skip

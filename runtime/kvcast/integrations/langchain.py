@@ -7,6 +7,7 @@ from typing import Any
 
 import llama_cpp
 from langchain_community.chat_models import ChatLlamaCpp
+from llama_cpp.llama_grammar import LlamaGrammar
 from pydantic import ConfigDict, model_validator
 from typing_extensions import Self
 
@@ -49,7 +50,7 @@ class ChatKvcast(ChatLlamaCpp):
         if self.grammar and self.grammar_path:
             raise ValueError("grammar and grammar_path are both given; use one of them")
         if isinstance(self.grammar, str):
-            self.grammar = llama_cpp.LlamaGrammar.from_string(self.grammar)
+            self.grammar = LlamaGrammar.from_string(self.grammar)
         elif self.grammar_path:
-            self.grammar = llama_cpp.LlamaGrammar.from_file(str(self.grammar_path))
+            self.grammar = LlamaGrammar.from_file(str(self.grammar_path))
         return self

@@ -8,6 +8,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp.llama_grammar import LlamaGrammar
 
 from ..checks import INT32_MAX, UINT32_MAX, Check, flag, function, functions, made_of, number, one_of, optional, shown, text, whole, wrong
 
@@ -165,7 +166,7 @@ _SAMPLING: dict[str, Check] = {
     "mirostat_tau": number(),
     "penalize_nl": flag,
     "logits_processor": optional(functions),
-    "grammar": optional(made_of(llama_cpp.LlamaGrammar, "a llama_cpp.LlamaGrammar, or None")),
+    "grammar": optional(made_of(LlamaGrammar, "a llama_cpp.LlamaGrammar, or None")),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp.llama_chat_format import guess_chat_format_from_gguf_metadata
+from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..bindings import api as native
@@ -20,7 +21,8 @@ from ..errors import ArgumentError, GenerationError, ModelError, SessionError
 from ..gguf.header import Header
 from ..limits import Limits
 from . import arguments
-from .grammar import GrammarError, check_grammar, grammar_of_schema
+from .gbnf import GrammarError
+from .grammar import check_grammar, grammar_of_schema
 from .lifetime import NativeHandle, in_turn, inside
 from .loading import explained
 from .messages import for_template
@@ -182,7 +184,7 @@ class CheckedLlama(NativeHandle, llama_cpp.Llama):
             kwargs["logits_processor"] = [self._processors]
         return super()._init_sampler(**kwargs)
 
-    def check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
+    def check_grammar(self, grammar: LlamaGrammar) -> None:
         """Whether answers can be held to a grammar.
 
         Raises
@@ -255,7 +257,7 @@ class CheckedLlama(NativeHandle, llama_cpp.Llama):
                 raise ValueError(
                     f"{which} has {n:,} tokens and {n_most:,} can be embedded; shorten it, or use a larger n_batch and n_ubatch"
                 )
-        together = self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE and n_most == self.n_batch
+        together = self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE and n_most == self.n_batch  # type: ignore[comparison-overlap]
         vectors, n_tokens = [], 0
         for some in [texts] if together else [[text] for text in texts]:
             more, n = super().embed(some, normalize, truncate, return_count=True)  # type: ignore[misc]  # a pair

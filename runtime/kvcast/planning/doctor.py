@@ -15,8 +15,8 @@ from predictor_onnx.infer import PredictorError, open_predictor, resolve, shippe
 from predictor_onnx.runtime import onnxruntime
 
 from .. import __version__, models
-from ..bindings.api import llama_cpp
 from ..bindings.library import LIBRARY_DIR
+from ..bindings.loaded import llama_cpp
 from ..cores import usable_cores
 
 GIB = 1 << 30

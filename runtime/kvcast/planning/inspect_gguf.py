@@ -6,7 +6,7 @@ import collections
 from pathlib import Path
 from typing import Any
 
-from ..bindings.api import llama_cpp
+from ..bindings.loaded import llama_cpp
 from ..errors import KvcastError
 from ..gguf.header import header_of
 from ..gguf.memory import KV_TYPES, divides

@@ -2,7 +2,7 @@
 
 A score is the sum of attention probability over a block's tokens, mean over the query heads of the group. Blocks that a
 step did not attend to keep their last known averages (never zeros for what was not seen). Kernels take plain arrays; the
-naive twins are in tests/naive.py.
+naive twins are in tests/helpers/naive.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is in the pool and what has to move: kernels over block tables, and ``Pool``, which moves blocks.
 
-Kernels take plain arrays and write into the caller's; the naive twins are in tests/naive.py. Entry i of a table's row is the
+Kernels take plain arrays and write into the caller's; the naive twins are in tests/helpers/naive.py. Entry i of a table's row is the
 block in slot i, -1 for none.
 """
 
