@@ -192,7 +192,9 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
     kv->history_scores.resize(taps*info.n_head_kv*info.n_blocks);
     kv->lse           .resize(taps*info.n_head);
     if (params.trace & KVCAST_TRACE_HEAD) {
-        kv->trace_q     .resize(taps*info.n_head*info.head_dim_k);
+        kv->trace_q.resize(taps*info.n_head*info.head_dim_k);
+    }
+    if (params.trace & KVCAST_TRACE_SCORES) {
         kv->trace_scores.resize(taps*info.n_head*info.n_blocks);
     }
     kv->cell_pos     .resize(info.n_cells,  kvcast::NEVER);

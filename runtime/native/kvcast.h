@@ -26,7 +26,8 @@ enum kvcast_mode {
 
 enum kvcast_trace {
     KVCAST_TRACE_NONE = 0,
-    KVCAST_TRACE_HEAD = 1, // keep q and the scores of every query head
+    KVCAST_TRACE_HEAD   = 1, // keep the queries
+    KVCAST_TRACE_SCORES = 2, // keep the scores of every query head
 };
 
 // Served are the layers that attend to the whole context; sliding-window layers beside them are llama.cpp's own. Layers are numbered

@@ -21,7 +21,7 @@ def test_scores_against_numpy(name, kind, request, code, kernels):
         request.getfixturevalue(name), n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2, type_k=kind, type_v=kind
     )
     tokens = llm.tokenize(code.encode())[:900]
-    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD | native.TRACE_SCORES)
     info = attached.info
     llm.eval(tokens[:740])
     attached.set_mode(native.HISTORY)
@@ -56,7 +56,7 @@ def test_layer_0_against_llama_cpp_softmax(small, code):
     """Flash attention off, llama.cpp's own softmax of layer 0, pooled by block."""
     llm = Llama(small, n_ctx=1024, verbose=False, flash_attn=True, offload_kqv=False, n_threads=2)
     tokens = llm.tokenize(code.encode())[:700]
-    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD | native.TRACE_SCORES)
     info = attached.info
     llm.eval(tokens[:650])
     attached.set_mode(native.HISTORY)
@@ -81,7 +81,7 @@ def test_layer_0_against_llama_cpp_softmax(small, code):
 def test_any_number_of_threads(small, code, n_threads):
     llm = Llama(small, n_ctx=512, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads)
     tokens = llm.tokenize(code.encode())[:400]
-    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD | native.TRACE_SCORES)
     llm.eval(tokens[:399])
     attached.set_mode(native.SPARSE)
     attached.blocks[..., :25] = np.arange(25)

@@ -14,7 +14,7 @@ from .loaded import llama_cpp
 from .log import by_one, muted_llama_log
 
 DENSE, HISTORY, SPARSE = 0, 1, 2
-TRACE_NONE, TRACE_HEAD = 0, 1
+TRACE_NONE, TRACE_HEAD, TRACE_SCORES = 0, 1, 2
 
 kvcast_p = ctypes.c_void_p
 kvcast_watch_p = ctypes.c_void_p

@@ -94,7 +94,7 @@ class NativeContext:
     max_taps : int
         Largest batch in history mode, tokens.
     trace : int
-        ``TRACE_HEAD`` keeps q and the scores of every query head.
+        ``TRACE_HEAD`` keeps the queries, ``TRACE_SCORES`` the scores of every query head.
     summary : bool
         Keep a summary of the keys, so that steps can choose blocks by their own query.
     pool_blocks : int

@@ -11,6 +11,7 @@ from .reader import row_size
 
 KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # of the KV cache: ggml's types
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
+STREAM_CELLS = 16384  # by which the buffers of a prompt grow: native/prefill_stream.cpp
 HOST_RESERVE = 400 << 20  # Python, NumPy, Numba, ONNX Runtime
 POOL_RESERVE = 100 << 20  # the same beside a pool: work space of taps
 DEVICE_RESERVE = 700 << 20  # CUDA's context and work space beside the buffers, as measured on an H100
@@ -89,11 +90,20 @@ def compute_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str, copie
     """Estimate of llama.cpp's compute buffer where the layers are, for a batch of ``n_ubatch`` tokens.
 
     The larger of what its end needs, logits of all tokens, and what a layer needs: its feed-forward part, the attention mask and,
-    where prompts take the KV cache from the host to a device (``copies_kv``), the layer's K and V.
+    where the KV cache is on the host and the layers on a device (``copies_kv``), room for K and V of two layers.
     """
     layer = header.store_bytes(n_ctx, KV_TYPES[kv_type], KV_TYPES[kv_type]) // header.n_layer
     end = n_ubatch * (4 * header.n_vocab + 8 * header.n_embd)
-    return max(end, n_ubatch * (8 * header.n_ff + 2 * n_cells(n_ctx)) + layer * copies_kv)
+    return max(end, n_ubatch * (8 * header.n_ff + 2 * n_cells(n_ctx)) + 2 * layer * copies_kv)
+
+
+def stream_bytes(header: Header, n_ctx: int, kv_type: str) -> int:
+    """K and V of two layers on the device while a prompt is read, through which the KV cache on the host passes; freed after it. 0 where
+    sliding-window layers lie between: the scheduler copies then."""
+    if header.n_layer_swa:
+        return 0
+    n_rows = min(-(-n_cells(n_ctx) // STREAM_CELLS) * STREAM_CELLS, n_cells(n_ctx))
+    return 2 * n_rows * header.n_head_kv * move_bytes(header, kv_type) // BLOCK_TOKENS
 
 
 HISTORY_BYTES_MAX = 1 << 30  # of their scores, on the host

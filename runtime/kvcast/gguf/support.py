@@ -60,8 +60,8 @@ def refusal(path: str | os.PathLike[str]) -> SparseUnsupported | None:
 
 def why_dense(path: str | os.PathLike[str]) -> str:
     """Why a model runs dense unless asked, ``CANNOT_LOAD`` included; "" when it is served sparse."""
-    found = refusal(path)
-    return found.reason if found else why_impossible(path)
+    reason, family = why_impossible(path), read_header(path).arch
+    return reason or ("" if family in TESTED else SparseUntested(family).reason)
 
 
 def notes_on(llm: Llama, n_ctx: int, given: Collection[str]) -> list[str]:

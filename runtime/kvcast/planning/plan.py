@@ -141,6 +141,8 @@ class Planner:
         if path != "dense":
             history = sizes.history_bytes(header, n_ctx, self.budget(path, n_ctx) if path == "device" else 0)
             found += [Part("scores and history", "host", sizes.scratch_bytes(header, n_ctx) + history)]
+            if on_device:
+                found += [Part("a prompt's K and V", "device", sizes.stream_bytes(header, n_ctx, self.kv_type))]
         compute = sizes.compute_bytes(header, n_ctx, n_ubatch, self.kv_type, copies_kv)
         found += [
             Part("compute buffers", weights, compute, estimate=True),
