@@ -23,7 +23,7 @@ from ..limits import Limits
 from . import arguments
 from .gbnf import GrammarError
 from .grammar import check_grammar, grammar_of_schema
-from .lifetime import NativeHandle, in_turn, inside
+from .handle import NativeHandle, in_turn, inside
 from .loading import explained
 from .messages import for_template
 from .sampling import Processors

@@ -27,7 +27,7 @@ from .callbacks import attention_caller, kv_caller
 from .checked import CheckedLlama
 from .exact import attention_row
 from .failures import of_step
-from .lifetime import ClosedHandle, NativeHandle, in_turn
+from .handle import ClosedHandle, NativeHandle, in_turn
 from .loading import SMALLER, prepared
 from .speculative import VERIFY_TOKENS, ShortDraft
 

@@ -68,6 +68,7 @@ class ServedLlama(Llama):
         # an interrupt hits only the batch of the turn that it was meant for; a signal may come while its thread holds this
         self._guard = threading.RLock()
         self._documents = documents
+        self._first: tuple[list[dict[str, Any]], list[int]] | None = None  # messages of the last document, and its tokens
         self.name = name
         super().__init__(*args, **kwargs)
         self.live = SessionMonitor(self)
@@ -233,7 +234,9 @@ class ServedLlama(Llama):
             return
         # as `kvcast chat` keeps it: with what the template writes before the next message
         marked = [first, {"role": others[0]["role"], "content": MARK}] if others else [{**first, "content": first["content"] + MARK}]
-        tokens = tokens_before_mark(self, marked)
+        if self._first is None or self._first[0] != marked:  # most requests go on with the conversation of the one before
+            self._first = marked, tokens_before_mark(self, marked)
+        tokens = self._first[1]
         known = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), tokens)
         # the last token may differ where a question begins with white space
         if len(tokens) - known < MIN_TOKENS or prompt[: len(tokens) - 1] != tokens[:-1]:
