@@ -129,6 +129,7 @@ build/sanitize/.built: $(wildcard runtime/native/* patches/*) tests/native/hando
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run --Werror runtime/native/*.cpp runtime/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 	PYTHONPATH=runtime:. $(BIN)/lint-imports --no-cache > build/lint-imports.log || ( cat build/lint-imports.log; false )
 

@@ -20,12 +20,12 @@ kvcast_context::~kvcast_context() = default;
 // The cache of the layers that attend to everything, nullptr where there is none that we know.
 static const llama_kv_cache * store_of(const llama_context & ctx) {
     const auto * memory = ctx.get_memory();
-    const auto * both   = dynamic_cast<const llama_kv_cache_iswa *>(memory);
+    const auto * both = dynamic_cast<const llama_kv_cache_iswa *>(memory);
     return both ? both->get_base() : dynamic_cast<const llama_kv_cache *>(memory);
 }
 
 static std::string why_not(llama_context & ctx) {
-    const auto & model   = ctx.get_model();
+    const auto & model = ctx.get_model();
     const auto & hparams = model.hparams;
     const auto & cparams = ctx.get_cparams();
 
@@ -55,7 +55,7 @@ static std::string why_not(llama_context & ctx) {
     if (ids.empty()) {
         return "all layers are sliding-window layers, which leaves nothing to choose";
     }
-    if (hparams.n_head(ids[0]) > kvcast::MAX_GROUP*hparams.n_head_kv(ids[0])) {
+    if (hparams.n_head(ids[0]) > kvcast::MAX_GROUP * hparams.n_head_kv(ids[0])) {
         return "more than " + std::to_string(kvcast::MAX_GROUP) + " query heads share a KV head";
     }
     for (const auto il : ids) {
@@ -134,15 +134,16 @@ void kvcast_context::unpin_store() {
 static std::string why_not_hooked(kvcast_context & kv) {
     auto & cparams = const_cast<llama_cparams &>(kv.ctx->get_cparams());
     const auto memory = kv.ctx->get_memory()->init_full();
-    cparams.kvcast      = &kv;
+    cparams.kvcast = &kv;
     cparams.kvcast_mode = KVCAST_HISTORY;
     kv.ctx->graph_reserve(1, 1, 1, memory.get(), true);
-    cparams.kvcast      = nullptr;
+    cparams.kvcast = nullptr;
     cparams.kvcast_mode = KVCAST_DENSE;
     kv.info.kq_scale = kv.layers[0]->scale;
     for (const auto & layer : kv.layers) {
         if (!layer->plain) {
-            return "the family '" + kv.ctx->get_model().arch_name() + "' adds sinks or a bias to its attention, or builds it in a way of its own";
+            return "the family '" + kv.ctx->get_model().arch_name() +
+                    "' adds sinks or a bias to its attention, or builds it in a way of its own";
         }
         if (layer->scale != kv.info.kq_scale) {
             return "the layers scale their attention differently";
@@ -158,48 +159,48 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         return nullptr;
     }
     const auto & hparams = ctx->get_model().hparams;
-    const auto * cache   = store_of(*ctx);
-    const auto   ids     = cache->get_layer_ids();
-    const auto * k       = cache->get_k_storage(ids[0]);
+    const auto * cache = store_of(*ctx);
+    const auto ids = cache->get_layer_ids();
+    const auto * k = cache->get_k_storage(ids[0]);
 
     auto kv = std::make_unique<kvcast_context>();
-    kv->ctx     = ctx;
-    kv->cache   = cache;
+    kv->ctx = ctx;
+    kv->cache = cache;
     kv->kernels = &kvcast::best_kernels();
     kv->model_layers.assign(ids.begin(), ids.end());
 
     auto & info = kv->info;
-    info.n_layer     = (int32_t) ids.size();
-    info.n_head      = hparams.n_head(ids[0]);
-    info.n_head_kv   = hparams.n_head_kv(ids[0]);
-    info.head_dim_k  = hparams.n_embd_head_k(ids[0]);
-    info.head_dim_v  = hparams.n_embd_head_v(ids[0]);
-    info.n_cells     = cache->get_size();
-    info.n_blocks    = info.n_cells/KVCAST_BLOCK;
-    info.max_taps    = params.max_taps;
-    info.type_k      = cache->type_k();
-    info.type_v      = cache->type_v();
+    info.n_layer = (int32_t) ids.size();
+    info.n_head = hparams.n_head(ids[0]);
+    info.n_head_kv = hparams.n_head_kv(ids[0]);
+    info.head_dim_k = hparams.n_embd_head_k(ids[0]);
+    info.head_dim_v = hparams.n_embd_head_v(ids[0]);
+    info.n_cells = cache->get_size();
+    info.n_blocks = info.n_cells / KVCAST_BLOCK;
+    info.max_taps = params.max_taps;
+    info.type_k = cache->type_k();
+    info.type_v = cache->type_v();
     info.k_row_bytes = (int64_t) k->nb[1];
     info.v_row_bytes = (int64_t) ggml_row_size(cache->type_v(), hparams.n_embd_v_gqa(ids[0]));
 
-    const size_t rows  = (size_t) info.n_layer*info.n_head_kv;
-    const size_t taps  = (size_t) info.n_layer*info.max_taps;
-    const size_t group = info.n_head/info.n_head_kv;
+    const size_t rows = (size_t) info.n_layer * info.n_head_kv;
+    const size_t taps = (size_t) info.n_layer * info.max_taps;
+    const size_t group = info.n_head / info.n_head_kv;
 
-    kv->blocks        .resize(rows*info.n_blocks);
-    kv->n_listed      .resize(rows);
-    kv->scores        .resize(rows*info.n_blocks);
-    kv->history_scores.resize(taps*info.n_head_kv*info.n_blocks);
-    kv->lse           .resize(taps*info.n_head);
+    kv->blocks.resize(rows * info.n_blocks);
+    kv->n_listed.resize(rows);
+    kv->scores.resize(rows * info.n_blocks);
+    kv->history_scores.resize(taps * info.n_head_kv * info.n_blocks);
+    kv->lse.resize(taps * info.n_head);
     if (params.trace & KVCAST_TRACE_HEAD) {
-        kv->trace_q.resize(taps*info.n_head*info.head_dim_k);
+        kv->trace_q.resize(taps * info.n_head * info.head_dim_k);
     }
     if (params.trace & KVCAST_TRACE_SCORES) {
-        kv->trace_scores.resize(taps*info.n_head*info.n_blocks);
+        kv->trace_scores.resize(taps * info.n_head * info.n_blocks);
     }
-    kv->cell_pos     .resize(info.n_cells,  kvcast::NEVER);
+    kv->cell_pos.resize(info.n_cells, kvcast::NEVER);
     kv->block_max_pos.resize(info.n_blocks, kvcast::NEVER);
-    kv->all_blocks   .resize(info.n_blocks);
+    kv->all_blocks.resize(info.n_blocks);
     for (int b = 0; b < info.n_blocks; ++b) {
         kv->all_blocks[b] = b;
     }
@@ -208,17 +209,17 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         layer->kv = kv.get();
         layer->id = il;
         layer->il = ids[il];
-        layer->k  = cache->get_k_storage(ids[il])->data;
+        layer->k = cache->get_k_storage(ids[il])->data;
         // the cache shows V only as a view made in a graph's context
-        ggml_context_ptr scratch(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
-        layer->v  = cache->get_v(scratch.get(), ids[il], info.n_cells, llama_kv_cache::slot_info{})->data;
+        ggml_context_ptr scratch(ggml_init({2 * ggml_tensor_overhead(), nullptr, true}));
+        layer->v = cache->get_v(scratch.get(), ids[il], info.n_cells, llama_kv_cache::slot_info{})->data;
         layer->n_parts.resize(info.n_head_kv);
         layer->parts_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
         layer->chunks_done = std::make_unique<std::atomic<int>[]>(info.n_head_kv);
         layer->chosen = std::make_unique<std::atomic<bool>[]>(info.n_head_kv);
         kv->layers.push_back(std::move(layer));
     }
-    kv->part_block_sum.resize((size_t) info.n_head_kv*group*info.n_blocks);
+    kv->part_block_sum.resize((size_t) info.n_head_kv * group * info.n_blocks);
     if (const std::string not_met = why_not_hooked(*kv); !not_met.empty()) {
         snprintf(error, n_error, "%s", not_met.c_str());
         return nullptr;
@@ -228,28 +229,28 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         kv->summary = std::make_unique<kvcast_summary>();
         auto & s = *kv->summary;
         const int dim = info.head_dim_k;
-        s.n_channels = std::min(std::max(8, dim/4), dim);
-        s.n_probed   = std::min({std::max(4, dim/8), dim, kvcast::MAX_CHANNELS});
-        s.n_blocks   = (info.n_blocks + 15)/16*16;
-        s.codes    .resize(rows*s.n_channels*s.n_blocks*KVCAST_BLOCK);
-        s.means    .resize(rows*dim*s.n_blocks);
-        s.channels .resize(rows*s.n_channels);
-        s.center   .resize(rows*dim);
-        s.scale    .resize(rows*dim);
-        s.spread   .resize(rows*dim);
-        s.q_power  .resize(rows*dim, 1.0f);
-        s.n_done   .resize(rows);
-        s.n_free   .resize(rows);
-        s.pause    .resize(rows);
-        s.wait     .resize(rows);
-        s.weights  .resize(rows*info.n_blocks, 1.0f);
-        s.estimates.resize(rows*info.n_blocks);
+        s.n_channels = std::min(std::max(8, dim / 4), dim);
+        s.n_probed = std::min({std::max(4, dim / 8), dim, kvcast::MAX_CHANNELS});
+        s.n_blocks = (info.n_blocks + 15) / 16 * 16;
+        s.codes.resize(rows * s.n_channels * s.n_blocks * KVCAST_BLOCK);
+        s.means.resize(rows * dim * s.n_blocks);
+        s.channels.resize(rows * s.n_channels);
+        s.center.resize(rows * dim);
+        s.scale.resize(rows * dim);
+        s.spread.resize(rows * dim);
+        s.q_power.resize(rows * dim, 1.0f);
+        s.n_done.resize(rows);
+        s.n_free.resize(rows);
+        s.pause.resize(rows);
+        s.wait.resize(rows);
+        s.weights.resize(rows * info.n_blocks, 1.0f);
+        s.estimates.resize(rows * info.n_blocks);
         s.rest_to_chosen.resize(rows);
-        s.shares   .resize(rows, 1.0f);
+        s.shares.resize(rows, 1.0f);
     }
 
     if (params.pool_blocks > 0) {
-        if (params.pool_blocks%16 != 0 || params.pool_blocks > info.n_blocks || params.staging_share < 1) {
+        if (params.pool_blocks % 16 != 0 || params.pool_blocks > info.n_blocks || params.staging_share < 1) {
             snprintf(error, n_error, "the pool's %d blocks per layer are not a multiple of 16 within the cache", params.pool_blocks);
             return nullptr;
         }
@@ -261,10 +262,10 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         }
     }
 
-    const auto bytes = [](const auto & v) { return (int64_t) (v.size()*sizeof(v[0])); };
+    const auto bytes = [](const auto & v) { return (int64_t) (v.size() * sizeof(v[0])); };
     info.scratch_bytes = bytes(kv->blocks) + bytes(kv->n_listed) + bytes(kv->scores) + bytes(kv->history_scores) + bytes(kv->lse) +
-        bytes(kv->trace_q) + bytes(kv->trace_scores) + bytes(kv->cell_pos) + bytes(kv->block_max_pos) + bytes(kv->all_blocks) +
-        bytes(kv->part_block_sum);
+            bytes(kv->trace_q) + bytes(kv->trace_scores) + bytes(kv->cell_pos) + bytes(kv->block_max_pos) + bytes(kv->all_blocks) +
+            bytes(kv->part_block_sum);
     if (kv->summary) {
         const auto & s = *kv->summary;
         info.summary_bytes = bytes(s.codes) + bytes(s.means) + bytes(s.weights) + bytes(s.estimates);
@@ -285,7 +286,8 @@ kvcast_context * kvcast_attach(llama_context * ctx, kvcast_params params, char *
     try {
         return attach(ctx, params, error, n_error);
     } catch (const std::exception &) { // bad_alloc, length_error
-        snprintf(error, n_error, "host memory ran out for what is kept beside the KV cache (calibrate='off' and a smaller context need less)");
+        snprintf(error, n_error,
+                "host memory ran out for what is kept beside the KV cache (calibrate='off' and a smaller context need less)");
         return nullptr;
     }
 }
@@ -298,7 +300,7 @@ void kvcast_detach(kvcast_context * kv) {
     auto & cparams = const_cast<llama_cparams &>(kv->ctx->get_cparams());
     if (kv->stream) {
         kvcast::release_stream(*kv);
-        kv->stream      = nullptr;
+        kv->stream = nullptr;
         cparams.cb_eval = nullptr;
     }
     kvcast_set_mode(kv, KVCAST_DENSE);

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-class  llama_kv_cache;
+class llama_kv_cache;
 struct kvcast_pool;
 struct kvcast_stream;
 struct ggml_context;
@@ -26,7 +26,7 @@ constexpr int KVCAST_STREAM = 3;
 
 namespace kvcast {
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::max(); // position of an empty cell
-constexpr int64_t MIN_ON_GPU = 32; // tokens for which ggml too brings host memory to a GPU
+constexpr int64_t MIN_ON_GPU = 32;                             // tokens for which ggml too brings host memory to a GPU
 } // namespace kvcast
 
 // Of the store's keys, what lets the attention to any block be estimated from a small part of the bytes: for every KV head
@@ -36,40 +36,40 @@ constexpr int64_t MIN_ON_GPU = 32; // tokens for which ggml too brings host memo
 // A code c of channel i stands for center[i] + scale[i]*c.
 struct kvcast_summary {
     int n_channels = 0;
-    int n_probed   = 0;
-    int n_blocks   = 0; // of the cache, rounded up to what the kernels read at once
+    int n_probed = 0;
+    int n_blocks = 0; // of the cache, rounded up to what the kernels read at once
 
     // per row (layer and KV head)
-    std::vector<int8_t>  codes;    // [row][n_channels][n_blocks*16]
-    std::vector<int8_t>  means;    // [row][n_blocks/16][head_dim][16]
+    std::vector<int8_t> codes;     // [row][n_channels][n_blocks*16]
+    std::vector<int8_t> means;     // [row][n_blocks/16][head_dim][16]
     std::vector<int32_t> channels; // [row][n_channels]
-    std::vector<float>   center;   // [row][head_dim]
-    std::vector<float>   scale;    // [row][head_dim]
-    std::vector<float>   spread;   // [row][head_dim] deviation of a key from the mean of its block
-    std::vector<float>   q_power;  // [row][head_dim] mean square of recent queries
-    std::vector<int>     n_done;   // [row] blocks summarised; 0: channels are not chosen either
+    std::vector<float> center;     // [row][head_dim]
+    std::vector<float> scale;      // [row][head_dim]
+    std::vector<float> spread;     // [row][head_dim] deviation of a key from the mean of its block
+    std::vector<float> q_power;    // [row][head_dim] mean square of recent queries
+    std::vector<int> n_done;       // [row] blocks summarised; 0: channels are not chosen either
 
     // the step, written by the caller: see kvcast.h
     std::vector<int32_t> n_free;
-    std::vector<float>   weights;
+    std::vector<float> weights;
     int free_begin = 0;
-    int free_end   = 0;
-    std::vector<int> pause; // [row] steps from one choice to the next, less one
-    std::vector<int> wait;  // [row] steps until the next choice
-    std::vector<float>   estimates; // [row][cache blocks]
-    std::vector<float>   rest_to_chosen; // [row] estimates of what is not attended to / of the chosen blocks
-    std::vector<float>   shares;    // [row]
+    int free_end = 0;
+    std::vector<int> pause;            // [row] steps from one choice to the next, less one
+    std::vector<int> wait;             // [row] steps until the next choice
+    std::vector<float> estimates;      // [row][cache blocks]
+    std::vector<float> rest_to_chosen; // [row] estimates of what is not attended to / of the chosen blocks
+    std::vector<float> shares;         // [row]
 };
 
 // Userdata of one layer's graph nodes. Nodes run one after another, so everything but the counters is written by one thread.
 struct kvcast_layer {
     kvcast_context * kv = nullptr;
-    int              id = 0; // among the served layers
-    int              il = 0; // of the model
-    void           * k = nullptr; // rows of the store
-    void           * v = nullptr;
-    float            scale = 1.0f; // of the logits
-    bool             plain = false; // the hook met it, and nothing but the mask is added to its logits
+    int id = 0;         // among the served layers
+    int il = 0;         // of the model
+    void * k = nullptr; // rows of the store
+    void * v = nullptr;
+    float scale = 1.0f; // of the logits
+    bool plain = false; // the hook met it, and nothing but the mask is added to its logits
 
     // a contiguous part of one KV head's list; scores: a group of queries of one KV head
     struct part {
@@ -78,46 +78,46 @@ struct kvcast_layer {
         int end;
     };
 
-    std::vector<part>                   parts;
-    std::vector<int>                    n_parts;      // [n_head_kv]
-    std::atomic<int>                    next{0};      // next part to take
-    std::unique_ptr<std::atomic<int>[]> parts_done;   // [n_head_kv]
-    std::atomic<int>                    n_done{0};       // shares of the work
-    int64_t                             begin_us = 0;
+    std::vector<part> parts;
+    std::vector<int> n_parts;                       // [n_head_kv]
+    std::atomic<int> next{0};                       // next part to take
+    std::unique_ptr<std::atomic<int>[]> parts_done; // [n_head_kv]
+    std::atomic<int> n_done{0};                     // shares of the work
+    int64_t begin_us = 0;
 
     // choosing blocks: chunks of blocks of one KV head, chunk by chunk, head by head
-    std::vector<int>                     choosers;     // heads that choose in this step
-    std::atomic<int>                     next_chunk{0};
-    std::unique_ptr<std::atomic<int>[]>  chunks_done;  // [n_head_kv]
-    std::unique_ptr<std::atomic<bool>[]> chosen;       // [n_head_kv] the list is complete
-    std::atomic<int>                     heads_chosen{0};
-    int64_t                              choose_begin_us = 0;
+    std::vector<int> choosers; // heads that choose in this step
+    std::atomic<int> next_chunk{0};
+    std::unique_ptr<std::atomic<int>[]> chunks_done; // [n_head_kv]
+    std::unique_ptr<std::atomic<bool>[]> chosen;     // [n_head_kv] the list is complete
+    std::atomic<int> heads_chosen{0};
+    int64_t choose_begin_us = 0;
 };
 
 struct kvcast_context {
-    llama_context        * ctx   = nullptr;
+    llama_context * ctx = nullptr;
     const llama_kv_cache * cache = nullptr;
-    kvcast_info            info  = {};
+    kvcast_info info = {};
     const kvcast::kernels * kernels = nullptr;
-    int                    mode  = KVCAST_DENSE;
+    int mode = KVCAST_DENSE;
 
     // what the caller writes and reads: layouts in kvcast.h
     std::vector<int32_t> blocks;
     std::vector<int32_t> n_listed;
-    std::vector<float>   scores;
-    std::vector<float>   history_scores;
-    std::vector<float>   lse;
-    std::vector<float>   trace_q;
-    std::vector<float>   trace_scores;
+    std::vector<float> scores;
+    std::vector<float> history_scores;
+    std::vector<float> lse;
+    std::vector<float> trace_q;
+    std::vector<float> trace_scores;
 
     // the step
-    std::vector<int32_t> cell_pos;       // [n_cells], INT32_MAX: nothing there
-    std::vector<int32_t> block_max_pos;  // [n_blocks], INT32_MAX when a cell of it is not to be attended
-    size_t               n_known = 0;    // used cells that cell_pos knows of
-    bool                 known   = false;
-    int                  n_used_blocks = 0; // one past the last block with a used cell
-    std::vector<int32_t> q_pos;          // [n_taps]
-    std::vector<int32_t> all_blocks;     // 0, 1, 2, ...
+    std::vector<int32_t> cell_pos;      // [n_cells], INT32_MAX: nothing there
+    std::vector<int32_t> block_max_pos; // [n_blocks], INT32_MAX when a cell of it is not to be attended
+    size_t n_known = 0;                 // used cells that cell_pos knows of
+    bool known = false;
+    int n_used_blocks = 0;           // one past the last block with a used cell
+    std::vector<int32_t> q_pos;      // [n_taps]
+    std::vector<int32_t> all_blocks; // 0, 1, 2, ...
 
     std::vector<std::unique_ptr<kvcast_layer>> layers; // served
     std::vector<int32_t> model_layers;                 // of them, in the model
@@ -126,28 +126,28 @@ struct kvcast_context {
     std::vector<float> part_max;
     std::vector<float> part_sum;
     std::vector<float> part_out;
-    std::vector<float> part_block_sum;   // [n_head_kv][group*n_blocks], a part's rows start at group*begin
+    std::vector<float> part_block_sum; // [n_head_kv][group*n_blocks], a part's rows start at group*begin
 
     std::unique_ptr<kvcast_summary> summary; // nullptr: none
-    std::unique_ptr<kvcast_pool>    pool;    // nullptr: attention in place (the host path)
-    std::unique_ptr<kvcast_stream>  stream;  // nullptr: large batches as in stock llama.cpp
+    std::unique_ptr<kvcast_pool> pool;       // nullptr: attention in place (the host path)
+    std::unique_ptr<kvcast_stream> stream;   // nullptr: large batches as in stock llama.cpp
 
-    float sum_factor = 1.0f;                // of block sums of the last history graph on a GPU
+    float sum_factor = 1.0f; // of block sums of the last history graph on a GPU
 
-    std::vector<void *> pinned;             // buffers of the store that are registered with the device
+    std::vector<void *> pinned; // buffers of the store that are registered with the device
 
     kvcast_attention_callback callback = nullptr;
-    void *                    callback_user = nullptr;
+    void * callback_user = nullptr;
 
     std::atomic<bool> abort{false};
-    kvcast_watch    * watch = nullptr; // not ours
-    std::string       error;
-    kvcast_stats      stats = {};
+    kvcast_watch * watch = nullptr; // not ours
+    std::string error;
+    kvcast_stats stats = {};
 
     kvcast_context();
     ~kvcast_context();
 
-    int group() const { return info.n_head/info.n_head_kv; }
+    int group() const { return info.n_head / info.n_head_kv; }
     // of large history batches; other types want rows that lie together, and traces are kept on the host
     bool scores_on_gpu() const { return info.type_k == GGML_TYPE_F16 && trace_q.empty(); }
     kvcast_layer * layer_of(int il) const; // nullptr when the model's layer is not served
@@ -172,7 +172,7 @@ struct kvcast_context {
     void pin_store();
     void unpin_store();
 
-private:
+  private:
     void update_cells(const llama_ubatch & ubatch, const int64_t * cells);
     bool check_lists(int32_t new_block);
     void plan_sparse();
@@ -188,12 +188,12 @@ ggml_tensor * block_sums(ggml_context * ctx, ggml_tensor * probs, ggml_backend_d
 // of a step, by token and query head
 struct queries {
     const char * data;
-    size_t       head_bytes;
-    size_t       token_bytes;
-    int          dim;
+    size_t head_bytes;
+    size_t token_bytes;
+    int dim;
 
     explicit queries(const ggml_tensor * q);
-    queries(const float * q, int dim) : data((const char *) q), head_bytes(sizeof(float)*dim), token_bytes(0), dim(dim) {}
+    queries(const float * q, int dim) : data((const char *) q), head_bytes(sizeof(float) * dim), token_bytes(0), dim(dim) {}
 };
 
 // floats of this thread, `n` at least; the content is lost at the next call

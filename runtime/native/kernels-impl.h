@@ -7,14 +7,14 @@
 
 namespace {
 
-constexpr int R = W == 1 ? 1 : 4;            // rows at once
-constexpr int Q = W == 16 ? 4 : 2;           // queries that share the reading of a row: R*Q sums stay in registers
+constexpr int R = W == 1 ? 1 : 4;  // rows at once
+constexpr int Q = W == 16 ? 4 : 2; // queries that share the reading of a row: R*Q sums stay in registers
 
 // dst[q*dst_stride + j] = queries[q] . rows[j], j < 16, q < NQ
 template <int NQ, class Rows>
 inline void dots(const float * queries, const Rows & rows, int n, float * dst, int dst_stride) {
-    const int n_vec = n/W*W;
-    vf quads[NQ][BLOCK/R];
+    const int n_vec = n / W * W;
+    vf quads[NQ][BLOCK / R];
     for (int j0 = 0; j0 < BLOCK; j0 += R) {
         vf sum[NQ][R] = {};
         for (int i = 0; i < n_vec; i += W) {
@@ -23,22 +23,22 @@ inline void dots(const float * queries, const Rows & rows, int n, float * dst, i
                 row[j] = rows(j0 + j, i);
             }
             for (int q = 0; q < NQ; ++q) {
-                const vf x = load(queries + q*n + i);
+                const vf x = load(queries + q * n + i);
                 for (int j = 0; j < R; ++j) {
-                    sum[q][j] += x*row[j];
+                    sum[q][j] += x * row[j];
                 }
             }
         }
         for (int q = 0; q < NQ; ++q) {
-            quads[q][j0/R] = add_4(sum[q]);
+            quads[q][j0 / R] = add_4(sum[q]);
         }
     }
     for (int q = 0; q < NQ; ++q) {
-        float * d = dst + q*dst_stride;
+        float * d = dst + q * dst_stride;
         store_sums(quads[q], d);
         for (int i = n_vec; i < n; ++i) {
             for (int j = 0; j < BLOCK; ++j) {
-                d[j] += queries[q*n + i]*rows.one(j, i);
+                d[j] += queries[q * n + i] * rows.one(j, i);
             }
         }
     }
@@ -49,29 +49,29 @@ template <int NQ, class Rows>
 inline void accumulate(const float * p, int p_stride, const Rows & rows, int n, float * out) {
     constexpr int C = 4; // vectors at once
     int i = 0;
-    for (; i + C*W <= n; i += C*W) {
+    for (; i + C * W <= n; i += C * W) {
         vf acc[NQ][C];
         for (int q = 0; q < NQ; ++q) {
             for (int c = 0; c < C; ++c) {
-                acc[q][c] = load(out + q*n + i + c*W);
+                acc[q][c] = load(out + q * n + i + c * W);
             }
         }
         for (int j = 0; j < BLOCK; ++j) {
             for (int c = 0; c < C; ++c) {
-                const vf row = rows(j, i + c*W);
+                const vf row = rows(j, i + c * W);
                 for (int q = 0; q < NQ; ++q) {
-                    acc[q][c] += p[q*p_stride + j]*row;
+                    acc[q][c] += p[q * p_stride + j] * row;
                 }
             }
         }
         for (int q = 0; q < NQ; ++q) {
-            memcpy(out + q*n + i, acc[q], sizeof(acc[q]));
+            memcpy(out + q * n + i, acc[q], sizeof(acc[q]));
         }
     }
     for (; i < n; ++i) {
         for (int q = 0; q < NQ; ++q) {
             for (int j = 0; j < BLOCK; ++j) {
-                out[q*n + i] += p[q*p_stride + j]*rows.one(j, i);
+                out[q * n + i] += p[q * p_stride + j] * rows.one(j, i);
             }
         }
     }
@@ -85,10 +85,17 @@ inline void for_query_runs(int n_q, F && f) {
         f(std::integral_constant<int, Q>(), iq);
     }
     switch (n_q - iq) {
-        case 3: f(std::integral_constant<int, Q < 3 ? 1 : 3>(), iq); break;
-        case 2: f(std::integral_constant<int, Q < 2 ? 1 : 2>(), iq); break;
-        case 1: f(std::integral_constant<int, 1>(), iq); break;
-        default: break;
+        case 3:
+            f(std::integral_constant < int, Q<3 ? 1 : 3>(), iq);
+            break;
+        case 2:
+            f(std::integral_constant < int, Q<2 ? 1 : 2>(), iq);
+            break;
+        case 1:
+            f(std::integral_constant<int, 1>(), iq);
+            break;
+        default:
+            break;
     }
 }
 
@@ -97,7 +104,7 @@ template <class F>
 inline void with_block(const kvcast::rows & r, int32_t b, float * wide, F && f) {
     if (HAS_F16_ROWS && !r.to_float) {
 #if defined(__AVX512F__) || defined(__F16C__)
-        f(f16_rows{r.data + (size_t) b*BLOCK*r.row_bytes, r.row_bytes});
+        f(f16_rows{r.data + (size_t) b * BLOCK * r.row_bytes, r.row_bytes});
 #endif
     } else {
         widen_block(r, b, wide);
@@ -108,7 +115,7 @@ inline void with_block(const kvcast::rows & r, int32_t b, float * wide, F && f) 
 inline void mask16(const kvcast::task & t, int32_t b, int iq, float * logits) {
     if (t.block_max_pos[b] > t.q_pos[iq]) {
         for (int j = 0; j < BLOCK; ++j) {
-            if (t.cell_pos[b*BLOCK + j] > t.q_pos[iq]) {
+            if (t.cell_pos[b * BLOCK + j] > t.q_pos[iq]) {
                 logits[j] = -INFINITY;
             }
         }
@@ -126,7 +133,7 @@ inline float max16(const float * x) {
 // x[j] = exp(x[j] - m); returns their sum
 inline float exp16(float * x, float m) {
     float s = 0;
-#pragma omp simd reduction(+:s)
+#pragma omp simd reduction(+ : s)
     for (int j = 0; j < BLOCK; ++j) {
         x[j] = exp_neg(x[j] - m);
         s += x[j];
@@ -135,67 +142,64 @@ inline float exp16(float * x, float m) {
 }
 
 void attend(const kvcast::task & t) {
-    const int stride = t.n_blocks*BLOCK;
-    float * logits = t.work;                   // [n_q][n_blocks*16]
-    float * wide   = t.work + t.n_q*stride;    // one block of rows
+    const int stride = t.n_blocks * BLOCK;
+    float * logits = t.work;                // [n_q][n_blocks*16]
+    float * wide = t.work + t.n_q * stride; // one block of rows
 
     for (int ib = 0; ib < t.n_blocks; ++ib) {
         with_block(t.k, t.blocks[ib], wide, [&](const auto & rows) {
-            for_query_runs(t.n_q, [&](auto count, int iq) {
-                dots<count>(t.q + iq*t.k.n, rows, t.k.n, logits + iq*stride + ib*BLOCK, stride);
-            });
+            for_query_runs(t.n_q,
+                    [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * stride + ib * BLOCK, stride); });
         });
         for (int iq = 0; iq < t.n_q; ++iq) {
-            mask16(t, t.blocks[ib], iq, logits + iq*stride + ib*BLOCK);
+            mask16(t, t.blocks[ib], iq, logits + iq * stride + ib * BLOCK);
         }
     }
 
     for (int iq = 0; iq < t.n_q; ++iq) {
-        float * l = logits + iq*stride;
+        float * l = logits + iq * stride;
         float m = -INFINITY;
         for (int ib = 0; ib < t.n_blocks; ++ib) {
-            const float mb = max16(l + ib*BLOCK);
+            const float mb = max16(l + ib * BLOCK);
             m = mb > m ? mb : m;
         }
         float sum = 0;
         for (int ib = 0; ib < t.n_blocks; ++ib) {
-            const float s = m == -INFINITY ? 0.0f : exp16(l + ib*BLOCK, m);
-            t.block_sum[iq*t.n_blocks + ib] = s;
+            const float s = m == -INFINITY ? 0.0f : exp16(l + ib * BLOCK, m);
+            t.block_sum[iq * t.n_blocks + ib] = s;
             sum += s;
         }
         t.max[iq] = m;
         t.sum[iq] = sum;
         if (m == -INFINITY) {
-            memset(l, 0, sizeof(float)*stride);
+            memset(l, 0, sizeof(float) * stride);
         }
     }
 
-    memset(t.out, 0, sizeof(float)*t.n_q*t.v.n);
+    memset(t.out, 0, sizeof(float) * t.n_q * t.v.n);
     for (int ib = 0; ib < t.n_blocks; ++ib) {
         with_block(t.v, t.blocks[ib], wide, [&](const auto & rows) {
             for_query_runs(t.n_q, [&](auto count, int iq) {
-                accumulate<count>(logits + iq*stride + ib*BLOCK, stride, rows, t.v.n, t.out + iq*t.v.n);
+                accumulate<count>(logits + iq * stride + ib * BLOCK, stride, rows, t.v.n, t.out + iq * t.v.n);
             });
         });
     }
 }
 
 void score(const kvcast::task & t) {
-    float * wide   = t.work;
-    float * logits = t.work + BLOCK*t.k.n; // [n_q][16]
+    float * wide = t.work;
+    float * logits = t.work + BLOCK * t.k.n; // [n_q][16]
 
     for (int ib = 0; ib < t.n_blocks; ++ib) {
         with_block(t.k, t.blocks[ib], wide, [&](const auto & rows) {
-            for_query_runs(t.n_q, [&](auto count, int iq) {
-                dots<count>(t.q + iq*t.k.n, rows, t.k.n, logits + iq*BLOCK, BLOCK);
-            });
+            for_query_runs(t.n_q, [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * BLOCK, BLOCK); });
         });
         for (int iq = 0; iq < t.n_q; ++iq) {
-            float * l = logits + iq*BLOCK;
+            float * l = logits + iq * BLOCK;
             mask16(t, t.blocks[ib], iq, l);
             const float m = max16(l);
-            t.block_max[iq*t.n_blocks + ib] = m;
-            t.block_sum[iq*t.n_blocks + ib] = m == -INFINITY ? 0.0f : exp16(l, m);
+            t.block_max[iq * t.n_blocks + ib] = m;
+            t.block_sum[iq * t.n_blocks + ib] = m == -INFINITY ? 0.0f : exp16(l, m);
         }
     }
 }
@@ -205,16 +209,16 @@ template <int NC>
 inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float * base, vf * sums) {
     const int n_channels = NC ? NC : t.n_channels;
     for (int j = 0; j < BLOCK; ++j) {
-        for (int v = 0; v < BLOCK/W; ++v) {
+        for (int v = 0; v < BLOCK / W; ++v) {
             vf codes[NC ? NC : kvcast::MAX_CHANNELS];
             for (int i = 0; i < n_channels; ++i) {
-                codes[i] = widen_codes(t.channels[i] + (size_t) (b0 + j)*BLOCK + v*W);
+                codes[i] = widen_codes(t.channels[i] + (size_t) (b0 + j) * BLOCK + v * W);
             }
             for (int q = 0; q < t.n_q; ++q) {
                 vf x[2] = {}; // two chains
-                x[0] += base[q*BLOCK + j];
+                x[0] += base[q * BLOCK + j];
                 for (int i = 0; i < n_channels; ++i) {
-                    x[i%2] += t.channel_q[q*n_channels + i]*codes[i];
+                    x[i % 2] += t.channel_q[q * n_channels + i] * codes[i];
                 }
                 sums[j] += exp2_rough(x[0] + x[1]);
             }
@@ -223,19 +227,19 @@ inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float
 }
 
 void estimate(const kvcast::estimate_task & t) {
-    constexpr int V = BLOCK/W; // vectors in a block
-    float base[kvcast::MAX_GROUP*BLOCK]; // [n_q][16 blocks]: what the means say
+    constexpr int V = BLOCK / W;           // vectors in a block
+    float base[kvcast::MAX_GROUP * BLOCK]; // [n_q][16 blocks]: what the means say
 
     for (int b0 = t.begin; b0 < t.end; b0 += BLOCK) {
-        const int8_t * means = t.means + (size_t) b0*t.dim;
+        const int8_t * means = t.means + (size_t) b0 * t.dim;
 #if defined(__GNUC__)
-        if (b0 + 2*BLOCK < t.end) { // many short streams: the hardware does not foresee them
-            for (int i = 0; i < t.dim*BLOCK; i += 64) {
-                __builtin_prefetch(means + 2*t.dim*BLOCK + i);
+        if (b0 + 2 * BLOCK < t.end) { // many short streams: the hardware does not foresee them
+            for (int i = 0; i < t.dim * BLOCK; i += 64) {
+                __builtin_prefetch(means + 2 * t.dim * BLOCK + i);
             }
             for (int i = 0; i < t.n_channels; ++i) {
-                for (int j = 0; j < BLOCK*BLOCK; j += 64) {
-                    __builtin_prefetch(t.channels[i] + (size_t) (b0 + 2*BLOCK)*BLOCK + j);
+                for (int j = 0; j < BLOCK * BLOCK; j += 64) {
+                    __builtin_prefetch(t.channels[i] + (size_t) (b0 + 2 * BLOCK) * BLOCK + j);
                 }
             }
         }
@@ -249,29 +253,35 @@ void estimate(const kvcast::estimate_task & t) {
             }
             for (int i = 0; i < t.dim; ++i) {
                 for (int v = 0; v < V; ++v) {
-                    const vf codes = widen_codes(means + i*BLOCK + v*W);
+                    const vf codes = widen_codes(means + i * BLOCK + v * W);
                     for (int q = 0; q < count; ++q) {
-                        acc[q][v] += t.mean_q[(iq + q)*t.dim + i]*codes;
+                        acc[q][v] += t.mean_q[(iq + q) * t.dim + i] * codes;
                     }
                 }
             }
             for (int q = 0; q < count; ++q) {
-                memcpy(base + (iq + q)*BLOCK, acc[q], sizeof(acc[q]));
+                memcpy(base + (iq + q) * BLOCK, acc[q], sizeof(acc[q]));
             }
         });
         vf sums[BLOCK] = {};
         switch (t.n_channels) {
-            case  8: estimate_blocks< 8>(t, b0, base, sums); break;
-            case 16: estimate_blocks<16>(t, b0, base, sums); break;
-            default: estimate_blocks< 0>(t, b0, base, sums); break;
+            case 8:
+                estimate_blocks<8>(t, b0, base, sums);
+                break;
+            case 16:
+                estimate_blocks<16>(t, b0, base, sums);
+                break;
+            default:
+                estimate_blocks<0>(t, b0, base, sums);
+                break;
         }
-        vf quads[BLOCK/R];
-        for (int j = 0; j < BLOCK/R; ++j) {
-            quads[j] = add_4(sums + R*j);
+        vf quads[BLOCK / R];
+        for (int j = 0; j < BLOCK / R; ++j) {
+            quads[j] = add_4(sums + R * j);
         }
         float totals[BLOCK];
         store_sums(quads, totals);
-        memcpy(t.out + b0, totals, sizeof(float)*(t.end - b0 < BLOCK ? t.end - b0 : BLOCK));
+        memcpy(t.out + b0, totals, sizeof(float) * (t.end - b0 < BLOCK ? t.end - b0 : BLOCK));
     }
 }
 

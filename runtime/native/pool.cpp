@@ -12,7 +12,7 @@
 #include <cstring>
 #include <numeric>
 
-static size_t align(size_t n) { return (n + 255)/256*256; }
+static size_t align(size_t n) { return (n + 255) / 256 * 256; }
 
 ggml_backend_t kvcast::main_queue(const kvcast_context & kv) {
     auto * sched = kv.ctx->get_sched();
@@ -63,7 +63,7 @@ static ggml_tensor * alias(const kvcast_pool & pool, const ggml_tensor * of, ggm
 }
 
 std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_blocks, int staging_share, std::string & why_not) {
-    const auto & info  = kv.info;
+    const auto & info = kv.info;
     const auto & model = kv.ctx->get_model();
     auto pool = std::make_unique<kvcast_pool>();
 
@@ -79,28 +79,28 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
     for (const auto & [type, dim] : {std::pair{k_type, info.head_dim_k}, {v_type, info.head_dim_v}}) {
         if (ggml_row_size(type, dim) % sizeof(int32_t) != 0) { // new rows are read back as whole words
             why_not = std::string("heads of ") + std::to_string(dim) + " channels do not fit the device path's pool as " +
-                ggml_type_name(type) + "; use an f16 cache (type_k=1, type_v=1)";
+                    ggml_type_name(type) + "; use an f16 cache (type_k=1, type_v=1)";
             return nullptr;
         }
     }
-    pool->n_slots       = n_blocks*info.n_layer*info.n_head_kv;
-    pool->n_staging     = std::max(1, pool->n_slots/staging_share);
-    pool->k_block_bytes = KVCAST_BLOCK*ggml_row_size(k_type, info.head_dim_k);
-    pool->v_block_bytes = KVCAST_BLOCK*ggml_row_size(v_type, info.head_dim_v);
-    pool->tensors.reset(ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }));
+    pool->n_slots = n_blocks * info.n_layer * info.n_head_kv;
+    pool->n_staging = std::max(1, pool->n_slots / staging_share);
+    pool->k_block_bytes = KVCAST_BLOCK * ggml_row_size(k_type, info.head_dim_k);
+    pool->v_block_bytes = KVCAST_BLOCK * ggml_row_size(v_type, info.head_dim_v);
+    pool->tensors.reset(ggml_init({32 * ggml_tensor_overhead(), nullptr, true}));
     pool->queue.reset(ggml_backend_dev_init(pool->device, nullptr));
 
-    auto * ctx  = pool->tensors.get();
+    auto * ctx = pool->tensors.get();
     auto * type = ggml_backend_dev_buffer_type(pool->device);
     size_t bytes = 0;
-    pool->k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) pool->n_slots*KVCAST_BLOCK);
-    pool->v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) pool->n_slots*KVCAST_BLOCK);
+    pool->k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) pool->n_slots * KVCAST_BLOCK);
+    pool->v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) pool->n_slots * KVCAST_BLOCK);
     bool good = pool->queue && place(*pool, type, {pool->k, pool->v}, bytes);
     pool->pool_bytes = bytes;
 
     for (auto & s : pool->staged) {
-        s.k     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_staging);
-        s.v     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->v_block_bytes/2, pool->n_staging);
+        s.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->k_block_bytes / 2, pool->n_staging);
+        s.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->v_block_bytes / 2, pool->n_staging);
         s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, pool->n_staging);
         good = good && place(*pool, type, {s.k, s.v, s.slots}, bytes);
         pool->staging_bytes += bytes;
@@ -110,32 +110,33 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
         good = good && s.host;
     }
 
-    pool->new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) info.n_head_kv*info.n_layer);
-    pool->new_v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) info.n_head_kv*info.n_layer);
-    pool->q     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k*info.n_head, info.n_layer);
-    pool->taps  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks*info.n_layer*info.n_head);
+    pool->new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) info.n_head_kv * info.n_layer);
+    pool->new_v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) info.n_head_kv * info.n_layer);
+    pool->q = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k * info.n_head, info.n_layer);
+    pool->taps = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks * info.n_layer * info.n_head);
     good = good && place(*pool, type, {pool->new_k, pool->new_v, pool->q, pool->taps}, bytes);
-    pool->rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv*info.n_layer);
-    pool->new_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) info.n_head_kv*info.n_layer);
-    pool->masks = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) n_blocks*info.n_layer*KVCAST_BLOCK*kv.group());
+    pool->rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv * info.n_layer);
+    pool->new_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) info.n_head_kv * info.n_layer);
+    pool->masks = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) n_blocks * info.n_layer * KVCAST_BLOCK * kv.group());
     size_t in_bytes = 0;
     good = good && place(*pool, type, {pool->rows, pool->new_rows, pool->masks}, in_bytes);
     pool->masks_at = align(ggml_nbytes(pool->rows)) + align(ggml_nbytes(pool->new_rows));
     const size_t inbox_bytes = pool->masks_at + ggml_nbytes(pool->masks);
-    pool->sent     = host_memory(*pool, inbox_bytes);
+    pool->sent = host_memory(*pool, inbox_bytes);
     pool->received = host_memory(*pool, bytes);
     good = good && pool->sent && pool->received;
     if (!good) {
-        why_not = "the device has no memory left for the pool of " + std::to_string(n_blocks*KVCAST_BLOCK) + " tokens; take a smaller budget";
+        why_not = "the device has no memory left for the pool of " + std::to_string(n_blocks * KVCAST_BLOCK) +
+                " tokens; take a smaller budget";
         return nullptr;
     }
     pool->tap_bytes = bytes + in_bytes;
-    pool->inbox  = alias(*pool, pool->rows, GGML_TYPE_I8, inbox_bytes, 1);
+    pool->inbox = alias(*pool, pool->rows, GGML_TYPE_I8, inbox_bytes, 1);
     pool->outbox = alias(*pool, pool->new_k, GGML_TYPE_I8, bytes, 1);
-    pool->k_raw  = alias(*pool, pool->k, GGML_TYPE_F16, pool->k_block_bytes/2, pool->n_slots);
-    pool->v_raw  = alias(*pool, pool->v, GGML_TYPE_F16, pool->v_block_bytes/2, pool->n_slots);
+    pool->k_raw = alias(*pool, pool->k, GGML_TYPE_F16, pool->k_block_bytes / 2, pool->n_slots);
+    pool->v_raw = alias(*pool, pool->v, GGML_TYPE_F16, pool->v_block_bytes / 2, pool->n_slots);
     const auto words = [&](ggml_tensor * t) {
-        auto * view = alias(*pool, t, GGML_TYPE_I32, ggml_row_size(t->type, t->ne[0])/sizeof(int32_t), t->ne[1]);
+        auto * view = alias(*pool, t, GGML_TYPE_I32, ggml_row_size(t->type, t->ne[0]) / sizeof(int32_t), t->ne[1]);
         view->view_src = t; // backends that reorder nodes see what they share
         return view;
     };
@@ -151,9 +152,7 @@ const float * kvcast_pool::received_at(const ggml_tensor * t) const {
     return (const float *) (received + ((const char *) t->data - (const char *) outbox->data));
 }
 
-const float * kvcast_pool::query(int layer) const {
-    return received_at(q) + layer_rank[layer]*q->ne[0];
-}
+const float * kvcast_pool::query(int layer) const { return received_at(q) + layer_rank[layer] * q->ne[0]; }
 
 // ---- the graph
 
@@ -165,52 +164,52 @@ void kvcast::begin_pool_graph(kvcast_context & kv) {
 bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
     auto & pool = *kv.pool;
     const auto & info = kv.info;
-    const int32_t new_block = new_cell/KVCAST_BLOCK;
-    const int ring = pool.n_sink + new_block%pool.n_window;
+    const int32_t new_block = new_cell / KVCAST_BLOCK;
+    const int ring = pool.n_sink + new_block % pool.n_window;
     const int n_fixed = pool.n_sink + pool.n_window;
 
     auto * rows = (int64_t *) pool.sent;
     auto * new_rows = (int32_t *) (pool.sent + align(ggml_nbytes(pool.rows)));
-    for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
-        const int layer = row/info.n_head_kv;
+    for (int row = 0; row < info.n_layer * info.n_head_kv; ++row) {
+        const int layer = row / info.n_head_kv;
         const int n = kv.n_listed[row];
-        const int32_t * table = &kv.blocks[(size_t) row*info.n_blocks];
+        const int32_t * table = &kv.blocks[(size_t) row * info.n_blocks];
         // layers with the same slots share a mask
         const auto like = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), pool.layer_slots[layer]) - pool.layer_slots.begin();
-        if (n < n_fixed || n > pool.layer_slots[layer] || n != kv.n_listed[like*info.n_head_kv] ||
-                table[ring] != new_block || *std::min_element(table, table + n) < 0) {
-            kv.fail("the pool's table of layer " + std::to_string(kv.model_layers[layer]) + ", KV head " + std::to_string(row % info.n_head_kv) +
-                " is not that of the step");
+        if (n < n_fixed || n > pool.layer_slots[layer] || n != kv.n_listed[like * info.n_head_kv] || table[ring] != new_block ||
+                *std::min_element(table, table + n) < 0) {
+            kv.fail("the pool's table of layer " + std::to_string(kv.model_layers[layer]) + ", KV head " +
+                    std::to_string(row % info.n_head_kv) + " is not that of the step");
             return false;
         }
-        const int64_t slot = pool.layer_first[layer] + (int64_t) (row%info.n_head_kv)*pool.layer_slots[layer] + ring;
-        rows[row] = slot*KVCAST_BLOCK + new_cell%KVCAST_BLOCK;
+        const int64_t slot = pool.layer_first[layer] + (int64_t) (row % info.n_head_kv) * pool.layer_slots[layer] + ring;
+        rows[row] = slot * KVCAST_BLOCK + new_cell % KVCAST_BLOCK;
         new_rows[row] = (int32_t) rows[row];
     }
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f), never = ggml_fp32_to_fp16(-INFINITY);
     for (const auto & [n_slots, offset] : pool.mask_at) {
         const int layer = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), n_slots) - pool.layer_slots.begin();
-        const int32_t * table = &kv.blocks[(size_t) layer*info.n_head_kv*info.n_blocks];
-        const int n = kv.n_listed[layer*info.n_head_kv];
-        const size_t n_cells = (size_t) n_slots*KVCAST_BLOCK;
+        const int32_t * table = &kv.blocks[(size_t) layer * info.n_head_kv * info.n_blocks];
+        const int n = kv.n_listed[layer * info.n_head_kv];
+        const size_t n_cells = (size_t) n_slots * KVCAST_BLOCK;
         auto * mask = (ggml_fp16_t *) (pool.sent + pool.masks_at + offset);
         // critical blocks are complete, see kvcast_pool_scatter
         auto & n_made = pool.mask_n[n_slots];
         for (int g = 0; g < kv.group(); ++g) {
-            auto * row = mask + g*n_cells;
+            auto * row = mask + g * n_cells;
             if (n_made != n) {
-                std::fill_n(row, n*KVCAST_BLOCK, zero);
-                std::fill(row + n*KVCAST_BLOCK, row + n_cells, never);
+                std::fill_n(row, n * KVCAST_BLOCK, zero);
+                std::fill(row + n * KVCAST_BLOCK, row + n_cells, never);
             }
-            for (int i = 0; i < n_fixed*KVCAST_BLOCK; ++i) {
-                row[i] = kv.cell_pos[table[i/KVCAST_BLOCK]*KVCAST_BLOCK + i%KVCAST_BLOCK] > kv.q_pos[0] ? never : zero;
+            for (int i = 0; i < n_fixed * KVCAST_BLOCK; ++i) {
+                row[i] = kv.cell_pos[table[i / KVCAST_BLOCK] * KVCAST_BLOCK + i % KVCAST_BLOCK] > kv.q_pos[0] ? never : zero;
             }
         }
         n_made = n;
     }
     ggml_backend_tensor_set_async(kvcast::main_queue(kv), pool.inbox, pool.sent, 0, pool.inbox_used);
-    pool.new_cell  = new_cell;
+    pool.new_cell = new_cell;
     pool.step_open = true;
     return true;
 }
@@ -221,7 +220,7 @@ static ggml_tensor * flat(ggml_context * ctx, ggml_tensor * t, int64_t ne0, int6
 
 // Has an operation write its result, which is contiguous, into memory of ours.
 static ggml_tensor * into(ggml_tensor * result, ggml_tensor * memory, size_t offset) {
-    result->view_src  = memory;
+    result->view_src = memory;
     result->view_offs = offset;
     return result;
 }
@@ -233,19 +232,20 @@ static void build_taps(kvcast_context & kv, ggml_context * ctx, ggml_cgraph * gf
     const auto & info = kv.info;
     for (const auto & [n_slots, mask_offset] : pool.mask_at) {
         const auto is_like = [&](int n) { return n == n_slots; };
-        const int64_t n_rows  = std::count_if(pool.layer_slots.begin(), pool.layer_slots.end(), is_like)*info.n_head_kv;
-        const int64_t n_cells = n_slots*KVCAST_BLOCK;
-        const int layer = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), n_slots) - pool.layer_slots.begin(); // the first of them
-        auto * k = ggml_view_3d(ctx, pool.k, info.head_dim_k, n_cells, n_rows, pool.k->nb[1], n_cells*pool.k->nb[1],
-            (size_t) pool.layer_first[layer]*KVCAST_BLOCK*pool.k->nb[1]);
-        auto * q = ggml_view_3d(ctx, pool.q, info.head_dim_k, kv.group(), n_rows, info.head_dim_k*sizeof(float),
-            info.head_dim_k*kv.group()*sizeof(float), pool.layer_rank[layer]*pool.q->nb[1]);
-        auto * mask = ggml_view_2d(ctx, pool.masks, n_cells, kv.group(), n_cells*sizeof(ggml_fp16_t), mask_offset);
+        const int64_t n_rows = std::count_if(pool.layer_slots.begin(), pool.layer_slots.end(), is_like) * info.n_head_kv;
+        const int64_t n_cells = n_slots * KVCAST_BLOCK;
+        const int layer = std::find(pool.layer_slots.begin(), pool.layer_slots.end(), n_slots) -
+                pool.layer_slots.begin(); // the first of them
+        auto * k = ggml_view_3d(ctx, pool.k, info.head_dim_k, n_cells, n_rows, pool.k->nb[1], n_cells * pool.k->nb[1],
+                (size_t) pool.layer_first[layer] * KVCAST_BLOCK * pool.k->nb[1]);
+        auto * q = ggml_view_3d(ctx, pool.q, info.head_dim_k, kv.group(), n_rows, info.head_dim_k * sizeof(float),
+                info.head_dim_k * kv.group() * sizeof(float), pool.layer_rank[layer] * pool.q->nb[1]);
+        auto * mask = ggml_view_2d(ctx, pool.masks, n_cells, kv.group(), n_cells * sizeof(ggml_fp16_t), mask_offset);
         auto * logits = ggml_mul_mat(ctx, k, q);
         ggml_prec_set_acc(logits, GGML_PREC_F32);
-        auto * probs  = ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f);
+        auto * probs = ggml_soft_max_ext(ctx, logits, mask, scale, 0.0f);
         auto * shares = kvcast::block_sums(ctx, probs, pool.device, pool.tap_factor);
-        ggml_build_forward_expand(gf, into(shares, pool.taps, (size_t) pool.layer_first[layer]*kv.group()*sizeof(float)));
+        ggml_build_forward_expand(gf, into(shares, pool.taps, (size_t) pool.layer_first[layer] * kv.group() * sizeof(float)));
     }
 }
 
@@ -254,20 +254,21 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
     auto & pool = *kv.pool;
     const auto & info = kv.info;
     const int64_t n_slots = pool.layer_slots[layer];
-    const int64_t n_cells = n_slots*KVCAST_BLOCK;
-    auto * mask = ggml_view_2d(ctx, pool.masks, n_cells, kv.group(), n_cells*sizeof(ggml_fp16_t), pool.mask_at.at((int) n_slots));
+    const int64_t n_cells = n_slots * KVCAST_BLOCK;
+    auto * mask = ggml_view_2d(ctx, pool.masks, n_cells, kv.group(), n_cells * sizeof(ggml_fp16_t), pool.mask_at.at((int) n_slots));
     const auto of = [&](ggml_tensor * rows) {
-        return ggml_view_1d(ctx, rows, info.n_head_kv, (size_t) layer*info.n_head_kv*sizeof(int64_t));
+        return ggml_view_1d(ctx, rows, info.n_head_kv, (size_t) layer * info.n_head_kv * sizeof(int64_t));
     };
 
     // the new token goes into the window
     k = flat(ctx, k, info.head_dim_k, info.n_head_kv);
     v = flat(ctx, v, info.head_dim_v, info.n_head_kv);
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0],
-        pool.layer_rank[layer]*pool.q->nb[1])));
+    ggml_build_forward_expand(gf,
+            ggml_cpy(
+                    ctx, flat(ctx, q, pool.q->ne[0], 1), ggml_view_1d(ctx, pool.q, pool.q->ne[0], pool.layer_rank[layer] * pool.q->nb[1])));
     const auto of_layer = [&](ggml_tensor * written) {
-        return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells*written->nb[1],
-            (size_t) pool.layer_first[layer]*KVCAST_BLOCK*written->nb[1]);
+        return ggml_view_3d(ctx, written, written->ne[0], n_cells, info.n_head_kv, written->nb[1], n_cells * written->nb[1],
+                (size_t) pool.layer_first[layer] * KVCAST_BLOCK * written->nb[1]);
     };
     k = of_layer(ggml_set_rows(ctx, pool.k, k, of(pool.rows)));
     v = of_layer(ggml_set_rows(ctx, pool.v, v, of(pool.rows)));
@@ -285,5 +286,5 @@ ggml_tensor * kvcast::build_pool_attention(kvcast_context & kv, ggml_context * c
         ggml_build_forward_expand(gf, into(ggml_get_rows(ctx, pool.v_words, pool.new_rows), pool.new_v, 0));
     }
 
-    return ggml_reshape_2d(ctx, out, (int64_t) info.head_dim_v*info.n_head, 1);
+    return ggml_reshape_2d(ctx, out, (int64_t) info.head_dim_v * info.n_head, 1);
 }

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cstring>
 
-static constexpr int64_t GROW  = 16384;   // cells
+static constexpr int64_t GROW = 16384;    // cells
 static constexpr int64_t PIECE = 4 << 20; // bytes: a copy in one piece holds up small ones of the compute
 
 std::unique_ptr<kvcast_stream> kvcast::make_stream(const kvcast_context & kv) {
@@ -55,7 +55,7 @@ static void free_memory(kvcast_stream & s) {
 static bool make_room(kvcast_context & kv, int64_t n_rows, int64_t n_new) {
     auto & s = *kv.stream;
     for (auto & landing : s.landing) {
-        const size_t bytes = n_new*(kv.info.k_row_bytes + kv.info.v_row_bytes);
+        const size_t bytes = n_new * (kv.info.k_row_bytes + kv.info.v_row_bytes);
         if (!landing || ggml_backend_buffer_get_size(landing.get()) < bytes) {
             landing = kvcast::host_buffer(s.device, bytes);
             if (!landing) {
@@ -67,11 +67,11 @@ static bool make_room(kvcast_context & kv, int64_t n_rows, int64_t n_new) {
         return true;
     }
     free_memory(s);
-    n_rows = std::min<int64_t>((n_rows + GROW - 1)/GROW*GROW, kv.info.n_cells);
-    s.tensors.reset(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
+    n_rows = std::min<int64_t>((n_rows + GROW - 1) / GROW * GROW, kv.info.n_cells);
+    s.tensors.reset(ggml_init({4 * ggml_tensor_overhead(), nullptr, true}));
     for (int i = 0; i < 2; ++i) {
-        s.k[i] = ggml_new_tensor_2d(s.tensors.get(), (ggml_type) kv.info.type_k, (int64_t) kv.info.head_dim_k*kv.info.n_head_kv, n_rows);
-        s.v[i] = ggml_new_tensor_2d(s.tensors.get(), (ggml_type) kv.info.type_v, (int64_t) kv.info.head_dim_v*kv.info.n_head_kv, n_rows);
+        s.k[i] = ggml_new_tensor_2d(s.tensors.get(), (ggml_type) kv.info.type_k, (int64_t) kv.info.head_dim_k * kv.info.n_head_kv, n_rows);
+        s.v[i] = ggml_new_tensor_2d(s.tensors.get(), (ggml_type) kv.info.type_v, (int64_t) kv.info.head_dim_v * kv.info.n_head_kv, n_rows);
     }
     s.memory.reset(ggml_backend_alloc_ctx_tensors_from_buft(s.tensors.get(), ggml_backend_dev_buffer_type(s.device)));
     if (!s.memory) {
@@ -105,12 +105,12 @@ bool kvcast_build_streamed(kvcast_context * kv, ggml_context * ctx, ggml_cgraph 
         rows = ggml_is_contiguous(rows) ? rows : ggml_cont(ctx, rows);
         auto * written = ggml_set_rows(ctx, to, ggml_reshape_2d(ctx, rows, to->ne[0], rows->ne[2]), cells);
         ggml_build_forward_expand(gf, written);
-        return ggml_view_4d(ctx, written, dim, info.n_head_kv, n_kv, 1, ggml_row_size(to->type, dim), to->nb[1], to->nb[1]*n_kv, 0);
+        return ggml_view_4d(ctx, written, dim, info.n_head_kv, n_kv, 1, ggml_row_size(to->type, dim), to->nb[1], to->nb[1] * n_kv, 0);
     };
     const auto made_by = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
     s.marks.emplace_back(made_by(k_cur), made_by(v_cur));
-    k = write(s.k[il%2], k_cur, info.head_dim_k);
-    v = write(s.v[il%2], v_cur, info.head_dim_v);
+    k = write(s.k[il % 2], k_cur, info.head_dim_k);
+    v = write(s.v[il % 2], v_cur, info.head_dim_v);
     return true;
 }
 
@@ -134,26 +134,26 @@ static void next_copy(const kvcast_context & kv) {
 static void bring(kvcast_context & kv, int il) {
     auto & s = *kv.stream;
     const auto copy = [&](ggml_tensor * to, const void * from, int64_t row_bytes) {
-        const int64_t n = s.n_before*row_bytes;
+        const int64_t n = s.n_before * row_bytes;
         for (int64_t at = 0; at < n; at += PIECE) {
             ggml_backend_tensor_set_async(s.queue.get(), to, (const char *) from + at, at, std::min(PIECE, n - at));
             next_copy(kv);
         }
     };
     if (s.n_before > 0) {
-        copy(s.k[il%2], kv.layers[il]->k, kv.info.k_row_bytes);
-        copy(s.v[il%2], kv.layers[il]->v, kv.info.v_row_bytes);
+        copy(s.k[il % 2], kv.layers[il]->k, kv.info.k_row_bytes);
+        copy(s.v[il % 2], kv.layers[il]->v, kv.info.v_row_bytes);
     }
 }
 
 static void leave(kvcast_context & kv, int il) {
     auto & s = *kv.stream;
-    auto * to = (char *) ggml_backend_buffer_get_base(s.landing[il%2].get());
-    for (const auto & [from, row_bytes] : {std::pair{s.k[il%2], kv.info.k_row_bytes}, {s.v[il%2], kv.info.v_row_bytes}}) {
+    auto * to = (char *) ggml_backend_buffer_get_base(s.landing[il % 2].get());
+    for (const auto & [from, row_bytes] : {std::pair{s.k[il % 2], kv.info.k_row_bytes}, {s.v[il % 2], kv.info.v_row_bytes}}) {
         for (const auto & [first, end] : s.runs) {
-            ggml_backend_tensor_get_async(s.queue.get(), from, to, first*row_bytes, (end - first)*row_bytes);
+            ggml_backend_tensor_get_async(s.queue.get(), from, to, first * row_bytes, (end - first) * row_bytes);
             next_copy(kv);
-            to += (end - first)*row_bytes;
+            to += (end - first) * row_bytes;
         }
     }
 }
@@ -164,12 +164,12 @@ static void write(kvcast_context & kv, int il) {
     if (s.writer.valid()) {
         s.writer.wait();
     }
-    const auto * from = (const char *) ggml_backend_buffer_get_base(s.landing[il%2].get());
+    const auto * from = (const char *) ggml_backend_buffer_get_base(s.landing[il % 2].get());
     s.writer = std::async(std::launch::async, [&kv, &s, il, from]() mutable {
         for (const auto & [to, row_bytes] : {std::pair{kv.layers[il]->k, kv.info.k_row_bytes}, {kv.layers[il]->v, kv.info.v_row_bytes}}) {
             for (const auto & [first, end] : s.runs) {
-                memcpy((char *) to + first*row_bytes, from, (end - first)*row_bytes);
-                from += (end - first)*row_bytes;
+                memcpy((char *) to + first * row_bytes, from, (end - first) * row_bytes);
+                from += (end - first) * row_bytes;
             }
         }
     });
@@ -198,7 +198,7 @@ void kvcast::begin_stream(kvcast_context & kv, const int64_t * cells, int64_t n_
 
 bool kvcast::stream_callback(ggml_tensor * t, bool ask, void * user) {
     auto & kv = *static_cast<kvcast_context *>(user);
-    auto & s  = *kv.stream;
+    auto & s = *kv.stream;
     if (ask) {
         return s.open && s.next < s.marks.size() && (t == s.marks[s.next].first || t == s.marks[s.next].second);
     }

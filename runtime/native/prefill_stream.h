@@ -15,15 +15,15 @@ struct kvcast_context;
 
 struct kvcast_stream {
     ggml_backend_dev_t device = nullptr;
-    ggml_backend_ptr   queue;              // for copies beside the compute
+    ggml_backend_ptr queue; // for copies beside the compute
 
     // buffer 0 holds the even layers in turn, buffer 1 the odd ones
-    ggml_context_ptr        tensors;
+    ggml_context_ptr tensors;
     ggml_backend_buffer_ptr memory;
-    ggml_tensor * k[2] = {};               // [n_embd_k, n_rows], of the cache's type
+    ggml_tensor * k[2] = {}; // [n_embd_k, n_rows], of the cache's type
     ggml_tensor * v[2] = {};
-    int64_t  n_rows = 0;                   // cells that they hold
-    uint64_t made   = 0;                   // counts the buffers: graphs hold their addresses
+    int64_t n_rows = 0; // cells that they hold
+    uint64_t made = 0;  // counts the buffers: graphs hold their addresses
 
     // the last graph
     // by layer: the nodes that its new rows of K and V are made from, which come after the attention of the layer before; empty: it does not
@@ -33,14 +33,14 @@ struct kvcast_stream {
 
     // the batch that runs
     std::vector<std::pair<int64_t, int64_t>> runs; // cells [first, end) that its tokens go to
-    int64_t n_before = 0;                   // cells to bring to the device, [0, n_before)
-    size_t  next     = 0;                   // layer that is reached next
-    bool    open     = false;               // the store still lacks rows of the last layers
+    int64_t n_before = 0;                          // cells to bring to the device, [0, n_before)
+    size_t next = 0;                               // layer that is reached next
+    bool open = false;                             // the store still lacks rows of the last layers
 
     // new rows on their way to the store, of even and of odd layers: K of all, then V. A backend's pinned memory, as it may have
     // registered the store for reading only.
     ggml_backend_buffer_ptr landing[2];
-    std::future<void>       writer;         // from there to the store
+    std::future<void> writer; // from there to the store
 };
 
 namespace kvcast {

@@ -112,8 +112,8 @@ struct program {
 
 class matcher {
   public:
-    matcher(const program & p, const std::vector<uint32_t> & text) :
-        p(p), text(text), failed(p.n_memo*(text.size() + 1)), held(failed.size()) {}
+    matcher(const program & p, const std::vector<uint32_t> & text)
+        : p(p), text(text), failed(p.n_memo * (text.size() + 1)), held(failed.size()) {}
 
     void split(size_t first, size_t last, std::vector<size_t> & pieces) {
         end = last;
@@ -121,7 +121,8 @@ class matcher {
         size_t done = first, from = first;
         for (bool more = true; more;) {
             ptrdiff_t to = -1;
-            for (; from <= end && (to = match(from, false)) < 0; ++from) {}
+            for (; from <= end && (to = match(from, false)) < 0; ++from) {
+            }
             more = to >= 0;
             while (to >= 0) {
                 if (from > done) {
@@ -158,9 +159,7 @@ class matcher {
         std::vector<step> steps;
     };
 
-    void forget(size_t pos) {
-        std::fill_n(failed.begin() + pos*p.n_memo, p.n_memo, false);
-    }
+    void forget(size_t pos) { std::fill_n(failed.begin() + pos * p.n_memo, p.n_memo, false); }
 
     ptrdiff_t match(size_t from, bool some) {
         const ptrdiff_t to = run(0, from, false, some, of_matches);
@@ -179,7 +178,7 @@ class matcher {
         choices.push_back({pc, -1, pos, pos});
         while (!choices.empty()) {
             choice & top = choices.back();
-            pc  = top.pc;
+            pc = top.pc;
             pos = top.last;
             int at = top.step;
             if (top.first == top.last) {
@@ -190,7 +189,7 @@ class matcher {
             for (bool alive = true; alive;) {
                 const auto & now = p.code[pc];
                 if (now.memo >= 0) {
-                    const size_t bit = pos*p.n_memo + now.memo;
+                    const size_t bit = pos * p.n_memo + now.memo;
                     if (looking && held[bit]) {
                         return hold(steps, at, pos, looking);
                     }
@@ -213,7 +212,7 @@ class matcher {
                         while (pos < end && set.has(text[pos])) {
                             ++pos;
                             if (!looking) { // from there on it is a part of what is tried now
-                                failed[pos*p.n_memo + now.memo] = true;
+                                failed[pos * p.n_memo + now.memo] = true;
                             }
                         }
                         ++pc;
@@ -259,7 +258,7 @@ class matcher {
     ptrdiff_t hold(const std::vector<step> & steps, int at, size_t pos, bool looking) {
         for (; at >= 0; at = steps[at].before) {
             const size_t bit = steps[at].bit;
-            failed[bit] = failed[pos*p.n_memo + bit%p.n_memo] = false;
+            failed[bit] = failed[pos * p.n_memo + bit % p.n_memo] = false;
             held[bit] = looking;
         }
         return (ptrdiff_t) pos;
@@ -273,7 +272,8 @@ class matcher {
 };
 
 template <typename Char, typename Unsigned>
-std::vector<size_t> split(const std::basic_string<Char> & text, const std::basic_string<Char> & expression, const std::vector<size_t> & parts) {
+std::vector<size_t> split(
+        const std::basic_string<Char> & text, const std::basic_string<Char> & expression, const std::vector<size_t> & parts) {
     static thread_local std::map<std::basic_string<Char>, program> programs; // as many as llama.cpp has expressions
     auto found = programs.find(expression);
     if (found == programs.end()) {

@@ -15,18 +15,12 @@ namespace {
 constexpr uint32_t LAST = UINT32_MAX;
 constexpr int MANY = INT_MAX;
 
-[[noreturn]] void unsupported() {
-    throw std::regex_error(std::regex_constants::error_complexity);
-}
+[[noreturn]] void unsupported() { throw std::regex_error(std::regex_constants::error_complexity); }
 
 class charset {
   public:
-    void add(uint32_t first, uint32_t last) {
-        ranges.push_back({first, last});
-    }
-    void add(const charset & other) {
-        ranges.insert(ranges.end(), other.ranges.begin(), other.ranges.end());
-    }
+    void add(uint32_t first, uint32_t last) { ranges.push_back({first, last}); }
+    void add(const charset & other) { ranges.insert(ranges.end(), other.ranges.begin(), other.ranges.end()); }
     // sorts and joins the ranges: to be called before the following
     void finish() {
         std::sort(ranges.begin(), ranges.end());
@@ -64,9 +58,7 @@ class charset {
         neither.finish();
         return neither.others();
     }
-    bool has(uint32_t c) const {
-        return c < low.size() ? low[c] : search(c);
-    }
+    bool has(uint32_t c) const { return c < low.size() ? low[c] : search(c); }
 
   private:
     bool search(uint32_t c) const {
@@ -81,7 +73,7 @@ struct node {
     enum kind_t { SEQUENCE, ALTERNATIVES, SET, REPEAT, LOOK_AHEAD, END } kind;
     std::vector<node> parts;
     charset set;
-    int min = 1, max = 1; // of a REPEAT
+    int min = 1, max = 1;  // of a REPEAT
     bool negative = false; // of a LOOK_AHEAD
 };
 
@@ -125,7 +117,7 @@ class parser {
         while (at < text.size() && !is('|') && !is(')')) {
             node part = quantified(atom());
             const bool seen = !result.parts.empty() && result.parts.back().kind == node::LOOK_AHEAD && !result.parts.back().negative &&
-                result.parts.back().parts[0].kind == node::SET;
+                    result.parts.back().parts[0].kind == node::SET;
             if (seen && part.kind == node::SET) { // (?=[a])[b] is one character
                 part.set = part.set.common(result.parts.back().parts[0].set);
                 result.parts.pop_back();
@@ -166,7 +158,7 @@ class parser {
         int n = 0;
         const size_t first = at;
         while (at < text.size() && text[at] >= '0' && text[at] <= '9' && n < 1000) {
-            n = 10*n + (int) (text[at++] - '0');
+            n = 10 * n + (int) (text[at++] - '0');
         }
         if (at == first || n > 1000) {
             unsupported();
@@ -186,7 +178,14 @@ class parser {
             case '\\':
                 set.add(escaped());
                 return of_set(std::move(set));
-            case '.': case '^': case '*': case '+': case '?': case '{': case '}': case ']':
+            case '.':
+            case '^':
+            case '*':
+            case '+':
+            case '?':
+            case '{':
+            case '}':
+            case ']':
                 unsupported();
             default:
                 set.add(c, c);
@@ -201,7 +200,7 @@ class parser {
             if (kind == ':') {
                 result = alternatives();
             } else if (kind == '=' || kind == '!') {
-                result.kind     = node::LOOK_AHEAD;
+                result.kind = node::LOOK_AHEAD;
                 result.negative = kind == '!';
                 result.parts.push_back(alternatives());
             } else {
@@ -220,16 +219,24 @@ class parser {
     charset escaped() {
         charset set;
         switch (const uint32_t c = next()) {
-            case 's': case 'S':
+            case 's':
+            case 'S':
                 set.add('\t', '\r');
                 set.add(' ', ' ');
                 break;
-            case 'd': case 'D':
+            case 'd':
+            case 'D':
                 set.add('0', '9');
                 break;
-            case 'n': set.add('\n', '\n'); break;
-            case 'r': set.add('\r', '\r'); break;
-            case 't': set.add('\t', '\t'); break;
+            case 'n':
+                set.add('\n', '\n');
+                break;
+            case 'r':
+                set.add('\r', '\r');
+                break;
+            case 't':
+                set.add('\t', '\t');
+                break;
             default:
                 if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9')) {
                     unsupported();

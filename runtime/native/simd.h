@@ -43,34 +43,34 @@ inline void widen_f16(const uint16_t * x, float * y, int n) {
 
 // 16 rows of block b as floats: dst [16][r.n]
 inline void widen_block(const kvcast::rows & r, int32_t b, float * dst) {
-    const char * src = r.data + (size_t) b*BLOCK*r.row_bytes;
+    const char * src = r.data + (size_t) b * BLOCK * r.row_bytes;
     for (int j = 0; j < BLOCK; ++j, src += r.row_bytes) {
         if (r.to_float) {
-            r.to_float(src, dst + j*r.n, r.n);
+            r.to_float(src, dst + j * r.n, r.n);
         } else {
-            widen_f16((const uint16_t *) src, dst + j*r.n, r.n);
+            widen_f16((const uint16_t *) src, dst + j * r.n, r.n);
         }
     }
 }
 
 // exp of x <= 0, relative error below 2e-7; exact zero far below
 inline float exp_neg(float x) {
-    const float shifted = x*1.44269504f + 12582912.0f; // rounds x/ln2 to an integer in the low mantissa bits
+    const float shifted = x * 1.44269504f + 12582912.0f; // rounds x/ln2 to an integer in the low mantissa bits
     const float n = shifted - 12582912.0f;
-    const float r = (x - n*0.693359375f) + n*2.12194440e-4f;
-    float p = 1.0f/720;
-    p = p*r + 1.0f/120;
-    p = p*r + 1.0f/24;
-    p = p*r + 1.0f/6;
-    p = p*r + 0.5f;
-    p = p*r + 1.0f;
-    p = p*r + 1.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
     uint32_t bits; // the shift drops what is above the low bits
     memcpy(&bits, &shifted, 4);
     bits = (bits << 23) + 0x3f800000;
     float scale;
     memcpy(&scale, &bits, 4);
-    return x > -87.0f ? p*scale : 0.0f;
+    return x > -87.0f ? p * scale : 0.0f;
 }
 
 // a vector of W floats; W = 1 where the compiler has no vector types
@@ -84,7 +84,7 @@ constexpr int W = 4;
 constexpr int W = 1;
 #endif
 #if defined(__GNUC__)
-typedef float vf __attribute__((vector_size(4*W), aligned(4), may_alias));
+typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
 #else
 typedef float vf;
 #endif
@@ -110,7 +110,7 @@ inline vf exp2_rough(vf x) {
     x = (vf) _mm512_min_ps((__m512) x, _mm512_set1_ps(100.0f));
     const __m512 n = _mm512_roundscale_ps((__m512) x, 0);
 #elif defined(__GNUC__)
-    typedef uint32_t vi __attribute__((vector_size(4*W)));
+    typedef uint32_t vi __attribute__((vector_size(4 * W)));
     const vf low = vf{} - 126.0f, high = vf{} + 100.0f;
     x = x < low ? low : x;
     x = x > high ? high : x;
@@ -121,13 +121,13 @@ inline vf exp2_rough(vf x) {
 #endif
 #if defined(__GNUC__)
     const vf r = x - (vf) n;
-    vf p = r*0.05550411f + 0.2422638f;
-    p = p*r + 0.6931472f;
-    p = p*r + 1.0f;
+    vf p = r * 0.05550411f + 0.2422638f;
+    p = p * r + 0.6931472f;
+    p = p * r + 1.0f;
 #if defined(__AVX512F__)
     return (vf) _mm512_scalef_ps((__m512) p, n);
 #else
-    return p*(vf) (((vi) shifted << 23) + 0x3f800000);
+    return p * (vf) (((vi) shifted << 23) + 0x3f800000);
 #endif
 #endif
 }
@@ -135,18 +135,18 @@ inline vf exp2_rough(vf x) {
 // Rows as the kernels read them: 16 rows of one block, vector i of row j.
 struct f32_rows { // widened by to_float, or by widen_f16 where the machine has no conversion
     const float * data;
-    int           n;
-    vf operator()(int j, int i) const { return load(data + j*n + i); }
-    float one(int j, int i) const { return data[j*n + i]; }
+    int n;
+    vf operator()(int j, int i) const { return load(data + j * n + i); }
+    float one(int j, int i) const { return data[j * n + i]; }
 };
 
 #if defined(__AVX512F__) || defined(__F16C__)
 constexpr bool HAS_F16_ROWS = true;
 struct f16_rows { // straight from the store
     const char * data;
-    size_t       row_bytes;
+    size_t row_bytes;
     vf operator()(int j, int i) const {
-        const uint16_t * x = (const uint16_t *) (data + j*row_bytes) + i;
+        const uint16_t * x = (const uint16_t *) (data + j * row_bytes) + i;
 #if defined(__AVX512F__)
         return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x));
 #else
@@ -155,7 +155,7 @@ struct f16_rows { // straight from the store
     }
     float one(int j, int i) const {
         float y;
-        widen_f16((const uint16_t *) (data + j*row_bytes) + i, &y, 1);
+        widen_f16((const uint16_t *) (data + j * row_bytes) + i, &y, 1);
         return y;
     }
 };
@@ -170,12 +170,12 @@ inline vf add_4(const vf * a) {
     const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps((__m512) a[0], (__m512) a[1]), _mm512_unpackhi_ps((__m512) a[0], (__m512) a[1]));
     const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps((__m512) a[2], (__m512) a[3]), _mm512_unpackhi_ps((__m512) a[2], (__m512) a[3]));
     return (vf) _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
-                              _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
+            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
 #elif defined(__AVX__)
     const __m256 x = _mm256_add_ps(_mm256_unpacklo_ps((__m256) a[0], (__m256) a[1]), _mm256_unpackhi_ps((__m256) a[0], (__m256) a[1]));
     const __m256 y = _mm256_add_ps(_mm256_unpacklo_ps((__m256) a[2], (__m256) a[3]), _mm256_unpackhi_ps((__m256) a[2], (__m256) a[3]));
     return (vf) _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))),
-                              _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))));
+            _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))));
 #elif defined(__GNUC__)
     float parts[4][4], sums[4];
     memcpy(parts, a, sizeof(parts));
@@ -191,15 +191,17 @@ inline vf add_4(const vf * a) {
 // dst[4*g + j] from the lanes of quads[g]
 inline void store_sums(const vf * quads, float * dst) {
 #if defined(__AVX512F__)
-    const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4((__m512) quads[0], (__m512) quads[1], 0x88), _mm512_shuffle_f32x4((__m512) quads[0], (__m512) quads[1], 0xdd));
-    const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4((__m512) quads[2], (__m512) quads[3], 0x88), _mm512_shuffle_f32x4((__m512) quads[2], (__m512) quads[3], 0xdd));
+    const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4((__m512) quads[0], (__m512) quads[1], 0x88),
+            _mm512_shuffle_f32x4((__m512) quads[0], (__m512) quads[1], 0xdd));
+    const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4((__m512) quads[2], (__m512) quads[3], 0x88),
+            _mm512_shuffle_f32x4((__m512) quads[2], (__m512) quads[3], 0xdd));
     _mm512_storeu_ps(dst, _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd)));
 #elif defined(__AVX__)
     for (int g = 0; g < 4; ++g) {
-        _mm_storeu_ps(dst + 4*g, _mm_add_ps(_mm256_castps256_ps128((__m256) quads[g]), _mm256_extractf128_ps((__m256) quads[g], 1)));
+        _mm_storeu_ps(dst + 4 * g, _mm_add_ps(_mm256_castps256_ps128((__m256) quads[g]), _mm256_extractf128_ps((__m256) quads[g], 1)));
     }
 #else
-    memcpy(dst, quads, sizeof(float)*BLOCK);
+    memcpy(dst, quads, sizeof(float) * BLOCK);
 #endif
 }
 

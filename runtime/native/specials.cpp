@@ -10,7 +10,7 @@
 void kvcast_specials::add(llama_token token, const std::string & text) {
     uint64_t node = 0;
     for (const unsigned char c : text) {
-        const auto [next, is_new] = nexts.try_emplace(256*node + c, (uint32_t) ends.size());
+        const auto [next, is_new] = nexts.try_emplace(256 * node + c, (uint32_t) ends.size());
         if (is_new) {
             ends.push_back(-1);
         }
@@ -32,7 +32,7 @@ std::vector<kvcast_specials::part> kvcast_specials::split(const std::string & te
     for (size_t i = 0; i < text.size(); ++i) {
         uint64_t node = 0;
         for (size_t j = i; j < text.size() && (node != 0 || firsts[(unsigned char) text[j]]); ++j) {
-            const auto next = nexts.find(256*node + (unsigned char) text[j]);
+            const auto next = nexts.find(256 * node + (unsigned char) text[j]);
             if (next == nexts.end()) {
                 break;
             }

@@ -21,23 +21,21 @@
 
 namespace {
 
-constexpr size_t SMALL = 1 << 16;  // bytes that are passed on together
-constexpr size_t CHUNK = 1 << 24;  // of tensor data
-constexpr float  LARGEST = 1e9f;   // of keys, values and recurrent states: their products and sums stay finite. Half precision ends at 65504
+constexpr size_t SMALL = 1 << 16; // bytes that are passed on together
+constexpr size_t CHUNK = 1 << 24; // of tensor data
+constexpr float LARGEST = 1e9f;   // of keys, values and recurrent states: their products and sums stay finite. Half precision ends at 65504
 
 struct refused : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-bool on_host(const ggml_tensor * t) {
-    return ggml_backend_buffer_is_host(t->view_src ? t->view_src->buffer : t->buffer);
-}
+bool on_host(const ggml_tensor * t) { return ggml_backend_buffer_is_host(t->view_src ? t->view_src->buffer : t->buffer); }
 
 struct writer : llama_io_write_i {
-    kvcast_io            fn;
-    void               * user;
+    kvcast_io fn;
+    void * user;
     std::vector<uint8_t> small, large;
-    size_t               n = 0;
+    size_t n = 0;
 
     writer(kvcast_io fn, void * user) : fn(fn), user(user) {}
 
@@ -79,12 +77,12 @@ struct writer : llama_io_write_i {
 };
 
 struct reader : llama_io_read_i {
-    kvcast_io            fn;
-    void               * user;
-    size_t               left;  // that the file has
-    size_t               n = 0; // read
+    kvcast_io fn;
+    void * user;
+    size_t left;  // that the file has
+    size_t n = 0; // read
     std::vector<uint8_t> small, large;
-    size_t               at = 0; // in `small`
+    size_t at = 0; // in `small`
 
     reader(kvcast_io fn, void * user, int64_t n_bytes) : fn(fn), user(user), left(n_bytes < 0 ? 0 : (size_t) n_bytes) {}
 
@@ -139,7 +137,8 @@ struct reader : llama_io_read_i {
     size_t n_bytes() override { return n; }
     size_t n_left() const { return left + small.size() - at; }
 
-    template <typename T> T get() {
+    template <typename T>
+    T get() {
         T x;
         read(&x, sizeof(x));
         return x;
@@ -163,15 +162,15 @@ void check_arch(reader & in, const llama_context & ctx) {
 // n values of a type, as they lie in the file
 void check_values(reader & in, ggml_type type, size_t n_bytes) {
     const auto * traits = ggml_get_type_traits(type);
-    const size_t n_once = 4096*traits->type_size;
+    const size_t n_once = 4096 * traits->type_size;
     std::vector<uint8_t> raw;
-    std::vector<float>   values(4096*traits->blck_size);
+    std::vector<float> values(4096 * traits->blck_size);
     require(n_bytes % traits->type_size == 0 && (type == GGML_TYPE_F32 || traits->to_float), "it has a type of another kind");
     while (n_bytes) {
         raw.resize(std::min(n_bytes, n_once));
         in.read_large(raw.data(), raw.size());
         n_bytes -= raw.size();
-        const size_t n = raw.size()/traits->type_size*traits->blck_size;
+        const size_t n = raw.size() / traits->type_size * traits->blck_size;
         if (type == GGML_TYPE_F32) {
             memcpy(values.data(), raw.data(), raw.size());
         } else {
@@ -190,19 +189,22 @@ void check_cache(reader & in, const llama_context & ctx, const llama_kv_cache & 
     const auto & hparams = ctx.get_model().hparams;
     require(in.get<uint32_t>() == kv.get_n_stream() && kv.get_n_stream() == 1, "it has another number of streams");
     const uint32_t n_cells = in.get<uint32_t>();
-    require(n_cells <= kv.get_size() && (whole ? n_cells == n_tokens : n_cells <= n_tokens), "it has another number of cells than of tokens");
+    require(n_cells <= kv.get_size() && (whole ? n_cells == n_tokens : n_cells <= n_tokens),
+            "it has another number of cells than of tokens");
     if (n_cells == 0) {
         return;
     }
     std::vector<bool> seen(n_tokens);
     for (uint32_t i = 0; i < n_cells; ++i) {
         const auto pos = in.get<llama_pos>();
-        require(pos >= 0 && (uint32_t) pos < n_tokens && !seen[pos] && (!whole || (uint32_t) pos == i), "its positions are not those of its tokens");
+        require(pos >= 0 && (uint32_t) pos < n_tokens && !seen[pos] && (!whole || (uint32_t) pos == i),
+                "its positions are not those of its tokens");
         seen[pos] = true;
         require(in.get<uint32_t>() == 1, "a cell is not of one sequence");
         if (kv.has_cell_ext()) {
             const auto ext = in.get<llama_kv_cell_ext>();
-            require(ext.tok >= LLAMA_TOKEN_NULL && ext.tok < (int32_t) ctx.get_model().vocab.n_tokens(), "a cell is of a token that the model does not have");
+            require(ext.tok >= LLAMA_TOKEN_NULL && ext.tok < (int32_t) ctx.get_model().vocab.n_tokens(),
+                    "a cell is of a token that the model does not have");
         }
         require(in.get<llama_seq_id>() == 0, "a cell is of another sequence");
     }
@@ -213,7 +215,7 @@ void check_cache(reader & in, const llama_context & ctx, const llama_kv_cache & 
     const auto check_rows = [&](ggml_type type, uint32_t n_embd) {
         const uint64_t row = ggml_row_size(type, n_embd);
         require(in.get<int32_t>() == (int32_t) type && in.get<uint64_t>() == row, "its rows are of another type or size");
-        check_values(in, type, n_cells*row);
+        check_values(in, type, n_cells * row);
     };
     for (const auto il : layers) {
         check_rows(kv.type_k(), hparams.n_embd_k_gqa(il));
@@ -228,8 +230,8 @@ void check_cache(reader & in, const llama_context & ctx, const llama_kv_cache & 
         }
         const uint32_t size = ggml_type_size(kv.type_v());
         require(in.get<int32_t>() == (int32_t) kv.type_v() && in.get<uint32_t>() == size && in.get<uint32_t>() == hparams.n_embd_v_gqa(il),
-            "its rows are of another type or size");
-        check_values(in, kv.type_v(), (size_t) hparams.n_embd_v_gqa(il)*n_cells*size);
+                "its rows are of another type or size");
+        check_values(in, kv.type_v(), (size_t) hparams.n_embd_v_gqa(il) * n_cells * size);
     }
 }
 
@@ -250,8 +252,9 @@ void check_recurrent(reader & in, const llama_context & ctx, const llama_memory_
     require(in.get<uint32_t>() == hparams.n_layer(), "it has another number of layers");
     const auto check_rows = [&](const ggml_tensor * t, uint32_t n, bool typed) {
         const uint64_t row = ggml_row_size(t->type, n);
-        require((!typed || in.get<int32_t>() == (int32_t) t->type) && in.get<uint64_t>() == row, "its recurrent states are of another type or size");
-        check_values(in, t->type, n_cells*row);
+        require((!typed || in.get<int32_t>() == (int32_t) t->type) && in.get<uint64_t>() == row,
+                "its recurrent states are of another type or size");
+        check_values(in, t->type, n_cells * row);
     };
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (memory.r_l[il]) {
@@ -287,7 +290,8 @@ void check_memory(reader & in, const llama_context & ctx, uint32_t n_tokens) {
     }
 }
 
-template <typename F> bool said(char * error, int32_t n_error, F run) {
+template <typename F>
+bool said(char * error, int32_t n_error, F run) {
     try {
         run();
         return true;
@@ -315,7 +319,8 @@ int64_t kvcast_write_state(llama_context * ctx, kvcast_io write, void * user) {
     return good ? (int64_t) out.n : -1;
 }
 
-bool kvcast_check_state(llama_context * ctx, kvcast_io read, void * user, int64_t n_bytes, int32_t n_tokens, char * error, int32_t n_error) {
+bool kvcast_check_state(
+        llama_context * ctx, kvcast_io read, void * user, int64_t n_bytes, int32_t n_tokens, char * error, int32_t n_error) {
     reader in(read, user, n_bytes);
     return said(error, n_error, [&] {
         check_arch(in, *ctx);

@@ -16,7 +16,7 @@ void kvcast_set_mode(kvcast_context * kv, int32_t mode) {
     auto & cparams = const_cast<llama_cparams &>(kv->ctx->get_cparams());
     cparams.kvcast_mode = mode == KVCAST_DENSE && kv->stream ? KVCAST_STREAM : mode;
     if (kv->stream) {
-        cparams.cb_eval           = mode == KVCAST_SPARSE ? nullptr : kvcast::stream_callback;
+        cparams.cb_eval = mode == KVCAST_SPARSE ? nullptr : kvcast::stream_callback;
         cparams.cb_eval_user_data = kv;
     }
 }
@@ -52,21 +52,21 @@ void kvcast_context::update_cells(const llama_ubatch & ubatch, const int64_t * i
             cell_pos[c] = cells.is_empty(c) ? kvcast::NEVER : cells.pos_get(c);
         }
         for (int b = 0; b < info.n_blocks; ++b) {
-            block_max_pos[b] = *std::max_element(&cell_pos[b*KVCAST_BLOCK], &cell_pos[b*KVCAST_BLOCK] + KVCAST_BLOCK);
+            block_max_pos[b] = *std::max_element(&cell_pos[b * KVCAST_BLOCK], &cell_pos[b * KVCAST_BLOCK] + KVCAST_BLOCK);
         }
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const int64_t b = idxs[i]/KVCAST_BLOCK;
-        block_max_pos[b] = *std::max_element(&cell_pos[b*KVCAST_BLOCK], &cell_pos[b*KVCAST_BLOCK] + KVCAST_BLOCK);
+        const int64_t b = idxs[i] / KVCAST_BLOCK;
+        block_max_pos[b] = *std::max_element(&cell_pos[b * KVCAST_BLOCK], &cell_pos[b * KVCAST_BLOCK] + KVCAST_BLOCK);
     }
     n_known = cells.get_used();
-    known   = true;
-    n_used_blocks = (int) (cells.used_max_p1() + KVCAST_BLOCK - 1)/KVCAST_BLOCK;
+    known = true;
+    n_used_blocks = (int) (cells.used_max_p1() + KVCAST_BLOCK - 1) / KVCAST_BLOCK;
 }
 
 bool kvcast_context::check_lists(int32_t new_block) {
-    for (int row = 0; row < info.n_layer*info.n_head_kv; ++row) {
-        const int32_t * list = &blocks[(size_t) row*info.n_blocks];
+    for (int row = 0; row < info.n_layer * info.n_head_kv; ++row) {
+        const int32_t * list = &blocks[(size_t) row * info.n_blocks];
         const int n = n_listed[row];
         bool good = n >= 1 && n_attended(row) <= info.n_blocks;
         bool has_new = false;
@@ -75,8 +75,9 @@ bool kvcast_context::check_lists(int32_t new_block) {
             has_new |= list[i] == new_block;
         }
         if (!good || !has_new) {
-            fail("the block list of layer " + std::to_string(model_layers[row/info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) +
-                (good ? " lacks the block of the new token" : " is empty, not ascending or names a block that holds nothing"));
+            fail("the block list of layer " + std::to_string(model_layers[row / info.n_head_kv]) + ", KV head " +
+                    std::to_string(row % info.n_head_kv) +
+                    (good ? " lacks the block of the new token" : " is empty, not ascending or names a block that holds nothing"));
             return false;
         }
     }
@@ -89,11 +90,12 @@ bool kvcast_context::check_lists(int32_t new_block) {
             }
             int n_inside = 0;
             for (int i = 0; i < n_listed[row]; ++i) {
-                n_inside += blocks[row*info.n_blocks + i] >= s.free_begin && blocks[row*info.n_blocks + i] < s.free_end;
+                n_inside += blocks[row * info.n_blocks + i] >= s.free_begin && blocks[row * info.n_blocks + i] < s.free_end;
             }
             if (s.free_begin < 0 || s.free_end >= n_used_blocks || s.n_free[row] < 0 || s.n_free[row] > n_range - n_inside) {
-                fail("layer " + std::to_string(model_layers[row/info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) + " cannot choose " +
-                    std::to_string(s.n_free[row]) + " blocks of [" + std::to_string(s.free_begin) + ", " + std::to_string(s.free_end) + ")");
+                fail("layer " + std::to_string(model_layers[row / info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) +
+                        " cannot choose " + std::to_string(s.n_free[row]) + " blocks of [" + std::to_string(s.free_begin) + ", " +
+                        std::to_string(s.free_end) + ")");
                 return false;
             }
         }
@@ -109,14 +111,14 @@ void kvcast_context::plan_sparse() {
         std::vector<int> n(info.n_head_kv);
         int total = 0;
         for (int h = 0; h < info.n_head_kv; ++h) {
-            n[h] = n_attended((size_t) layer->id*info.n_head_kv + h);
+            n[h] = n_attended((size_t) layer->id * info.n_head_kv + h);
             total += n[h];
         }
-        const int size = std::clamp(total/(4*n_threads), 4, 64);
+        const int size = std::clamp(total / (4 * n_threads), 4, 64);
         layer->parts.clear();
         layer->choosers.clear();
         for (int h = 0; h < info.n_head_kv; ++h) {
-            const size_t row = (size_t) layer->id*info.n_head_kv + h;
+            const size_t row = (size_t) layer->id * info.n_head_kv + h;
             const bool chooses = summary && summary->n_free[row] > 0 && summary->wait[row] == 0;
             layer->chosen[h] = !chooses;
             if (chooses) {
@@ -124,19 +126,19 @@ void kvcast_context::plan_sparse() {
             } else if (summary && summary->wait[row] > 0) {
                 summary->wait[row]--;
             }
-            const int n_parts = (n[h] + size - 1)/size;
+            const int n_parts = (n[h] + size - 1) / size;
             for (int i = 0; i < n_parts; ++i) {
-                layer->parts.push_back({h, (int) ((int64_t) n[h]*i/n_parts), (int) ((int64_t) n[h]*(i + 1)/n_parts)});
+                layer->parts.push_back({h, (int) ((int64_t) n[h] * i / n_parts), (int) ((int64_t) n[h] * (i + 1) / n_parts)});
             }
             layer->n_parts[h] = n_parts;
             stats.blocks_read += n[h];
         }
         n_parts_max = std::max(n_parts_max, layer->parts.size());
     }
-    if (part_max.size() < n_parts_max*group()) {
-        part_max.resize(n_parts_max*group());
-        part_sum.resize(n_parts_max*group());
-        part_out.resize(n_parts_max*group()*info.head_dim_v);
+    if (part_max.size() < n_parts_max * group()) {
+        part_max.resize(n_parts_max * group());
+        part_sum.resize(n_parts_max * group());
+        part_out.resize(n_parts_max * group() * info.head_dim_v);
     }
     stats.n_steps++;
 }
@@ -149,7 +151,7 @@ void kvcast_context::plan_history(int n_taps) {
             for (int i = 0; i < n_taps; i += size) {
                 layer->parts.push_back({h, i, std::min(n_taps, i + size)});
             }
-            layer->n_parts[h] = (n_taps + size - 1)/size;
+            layer->n_parts[h] = (n_taps + size - 1) / size;
         }
     }
 }
@@ -176,7 +178,7 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
         return;
     }
     if (mode == KVCAST_SPARSE) {
-        if (!check_lists((int32_t) (cells[0]/KVCAST_BLOCK))) {
+        if (!check_lists((int32_t) (cells[0] / KVCAST_BLOCK))) {
             return;
         }
         plan_sparse();

@@ -10,7 +10,7 @@ static constexpr int64_t POLL_US = 200000; // a poll may have to wait for Python
 
 struct kvcast_watch {
     int32_t (*poll)(void);
-    std::atomic<bool>    stop{false};
+    std::atomic<bool> stop{false};
     std::atomic<int64_t> polled_us{0};
 };
 
@@ -53,8 +53,8 @@ void kvcast_log_by_one(ggml_log_level level, const char * text, void * user) {
     }
 }
 
-int kvcast_attention_by_one(void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps, int32_t n_head_kv,
-                            int32_t stride) {
+int kvcast_attention_by_one(
+        void * user, int32_t layer, int32_t pos, const float * scores, int32_t n_taps, int32_t n_head_kv, int32_t stride) {
     const kvcast_attention_call call{layer, pos, scores, n_taps, n_head_kv, stride};
     return static_cast<int>(reinterpret_cast<one_argument>(user)(&call));
 }

@@ -26,10 +26,10 @@ void check(bool good, const char * what) {
 }
 
 struct session {
-    llama_context  * ctx;
+    llama_context * ctx;
     kvcast_context * kv = nullptr;
-    kvcast_info      info = {};
-    int              n_tokens = 0;
+    kvcast_info info = {};
+    int n_tokens = 0;
 
     session(llama_model * model, kvcast_params params) {
         auto settings = llama_context_default_params();
@@ -54,8 +54,8 @@ struct session {
         llama_free(ctx);
     }
 
-    int n_rows() const { return info.n_layer*info.n_head_kv; }
-    int32_t * blocks(int row) const { return kvcast_blocks(kv) + (size_t) row*info.n_blocks; }
+    int n_rows() const { return info.n_layer * info.n_head_kv; }
+    int32_t * blocks(int row) const { return kvcast_blocks(kv) + (size_t) row * info.n_blocks; }
 
     // false: it was aborted, and nothing happened
     bool decode(int n) {
@@ -63,7 +63,7 @@ struct session {
             const int n_batch = std::min(n - done, 512);
             std::vector<llama_token> tokens(n_batch);
             for (int i = 0; i < n_batch; ++i) {
-                tokens[i] = (n_tokens + i)*37 % llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+                tokens[i] = (n_tokens + i) * 37 % llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
             }
             const int result = llama_decode(ctx, llama_batch_get_one(tokens.data(), n_batch));
             check(result == 0 || result == 2, "llama_decode failed");
@@ -85,7 +85,7 @@ void host_path(llama_model * model) {
     kvcast_prepare_summary(s.kv);
     int n_aborted = 0;
     for (int step = 0; step < N_STEPS; ++step) {
-        const int n_used = s.n_tokens/KVCAST_BLOCK + 1;
+        const int n_used = s.n_tokens / KVCAST_BLOCK + 1;
         for (int row = 0; row < s.n_rows(); ++row) {
             s.blocks(row)[0] = 0;
             for (int i = 0; i < N_WINDOW; ++i) {
@@ -122,18 +122,18 @@ struct move {
 // Brings blocks from the store to a staging buffer, and up.
 void stage(const session & s, const kvcast_pool_info & pool, int buffer, const std::vector<move> & moves) {
     uint8_t * k = kvcast_staging(s.kv, buffer);
-    uint8_t * v = k + pool.n_staging*pool.k_block_bytes;
-    const int64_t k_head = s.info.k_row_bytes/s.info.n_head_kv, v_head = s.info.v_row_bytes/s.info.n_head_kv;
+    uint8_t * v = k + pool.n_staging * pool.k_block_bytes;
+    const int64_t k_head = s.info.k_row_bytes / s.info.n_head_kv, v_head = s.info.v_row_bytes / s.info.n_head_kv;
     for (size_t i = 0; i < moves.size(); ++i) {
-        const int layer = moves[i].row/s.info.n_head_kv, head = moves[i].row%s.info.n_head_kv;
+        const int layer = moves[i].row / s.info.n_head_kv, head = moves[i].row % s.info.n_head_kv;
         for (int j = 0; j < KVCAST_BLOCK; ++j) {
-            const int64_t cell = moves[i].block*KVCAST_BLOCK + j;
-            memcpy(k, (const char *) kvcast_k_data(s.kv, layer) + cell*s.info.k_row_bytes + head*k_head, k_head);
-            memcpy(v, (const char *) kvcast_v_data(s.kv, layer) + cell*s.info.v_row_bytes + head*v_head, v_head);
+            const int64_t cell = moves[i].block * KVCAST_BLOCK + j;
+            memcpy(k, (const char *) kvcast_k_data(s.kv, layer) + cell * s.info.k_row_bytes + head * k_head, k_head);
+            memcpy(v, (const char *) kvcast_v_data(s.kv, layer) + cell * s.info.v_row_bytes + head * v_head, v_head);
             k += k_head;
             v += v_head;
         }
-        kvcast_staging_slots(s.kv, buffer)[i] = moves[i].row*N_SLOTS + moves[i].slot; // every layer has as many
+        kvcast_staging_slots(s.kv, buffer)[i] = moves[i].row * N_SLOTS + moves[i].slot; // every layer has as many
     }
     kvcast_pool_upload(s.kv, buffer, (int) moves.size());
 }
@@ -150,7 +150,7 @@ void device_path(llama_model * model) {
     const auto pool = kvcast_get_pool_info(s.kv);
     const std::vector<int32_t> slots(s.info.n_layer, N_SLOTS), n_listed(s.n_rows(), N_SLOTS);
     check(kvcast_pool_plan(s.kv, slots.data(), N_SINK, N_WINDOW) == 0, "the plan was refused");
-    int n_used = s.n_tokens/KVCAST_BLOCK + 1;
+    int n_used = s.n_tokens / KVCAST_BLOCK + 1;
     for (int slot = 0; slot < N_SLOTS; ++slot) {
         std::vector<move> moves;
         for (int row = 0; row < s.n_rows(); ++row) {
@@ -166,14 +166,14 @@ void device_path(llama_model * model) {
     std::fill_n(kvcast_n_listed(s.kv), s.n_rows(), N_SLOTS);
 
     std::mt19937 random(1);
-    std::vector<float> scores((size_t) s.info.n_head_kv*s.info.n_blocks);
+    std::vector<float> scores((size_t) s.info.n_head_kv * s.info.n_blocks);
     std::vector<move> moves;
     int buffer = 0, n_moved = 0;
     for (int step = 0; step < N_STEPS; ++step) {
         apply(s, buffer, moves);
         n_moved += (int) moves.size();
         buffer = 1 - buffer;
-        if (s.n_tokens/KVCAST_BLOCK + 1 > n_used) {
+        if (s.n_tokens / KVCAST_BLOCK + 1 > n_used) {
             n_used++;
             for (int row = 0; row < s.n_rows(); ++row) {
                 s.blocks(row)[N_SINK + (n_used - 1) % N_WINDOW] = n_used - 1;
@@ -191,7 +191,7 @@ void device_path(llama_model * model) {
             if (step > 0) {
                 kvcast_take_taps(s.kv, n_listed.data());
                 for (int head = 0; head < s.info.n_head_kv; ++head) {
-                    kvcast_score_store(s.kv, step % s.info.n_layer, head, &scores[(size_t) head*s.info.n_blocks]);
+                    kvcast_score_store(s.kv, step % s.info.n_layer, head, &scores[(size_t) head * s.info.n_blocks]);
                 }
             }
             stage(s, pool, buffer, moves);
