@@ -1,6 +1,5 @@
 """Networks from outside: only what a predictor needs is let through, and what runs is bounded in memory and time."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -12,20 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from kvcast import Llama, SparseConfig
 from kvcast.gguf import embedded_predictor as embedded
 from kvcast.sparse.history import History
 from kvcast.sparse.predictors import OnnxPredictor
-from networks import AVERAGES, SCORES, SUM, chain, constant, content, convolutions, info, model, node, perceptron
+from networks import constant, content, convolutions, info, node
+from odd_networks import BAD, GOOD, SUMMED
 from places import ROOT
 from predictor_onnx import infer, network, operators, runtime
 from predictor_onnx.infer import PredictorError, open_predictor, resolve, shipped
 
 ort = runtime.onnxruntime()
-CONV1, CONV3 = ([constant("w", np.ones((1, 5, n)))] for n in (1, 3))
-SUMMED = node("ReduceMean", ["averages"], ["s"], axes=[1], keepdims=0)
 
 
 def refused(data, *words, within_s=30.0):
@@ -67,73 +64,6 @@ def test_what_is_written_anew_computes_the_same(name):
         np.testing.assert_array_equal(a, b)
 
 
-def three_outputs_of_old_files():
-    """Constants that are listed as inputs, too, as files of IR version 3 do; an output that nobody asks for; texts."""
-    made = model([*convolutions(1, 4)[0], node("Identity", ["raw"], ["more"])], convolutions(1, 4)[1])
-    made.graph.input.extend(
-        info(t.name, TensorProto.INT64 if t.name == "axis" else TensorProto.FLOAT, t.dims) for t in made.graph.initializer
-    )
-    made.graph.output.append(info("more", TensorProto.FLOAT, None))
-    made.producer_name, made.doc_string, made.graph.doc_string = "somebody", "a" * 100_000, "\x1b[2J"
-    made.metadata_props.add(key="ort_config", value='{"session_options": {"enable_profiling": 1}}')
-    made.opset_import.add(domain="com.example", version=1)
-    made.graph.node[0].name, made.graph.node[0].doc_string = "\x1b[31m", "x"
-    return made.SerializeToString()
-
-
-def typed_constants():
-    """Values in lists of their type, and constants that are nodes."""
-    weights = helper.make_tensor("w", TensorProto.FLOAT, [1, 5, 1], [0.2] * 5)
-    starts = helper.make_tensor("starts", TensorProto.INT64, [1], [0])
-    nodes = [
-        node("Constant", [], ["ends"], value_ints=[2**40]),
-        node("Constant", [], ["axes"], value=constant("", [2], np.int64)),
-        node("Constant", [], ["half"], value_float=0.5),
-        node("Conv", ["averages", "w"], ["y"], auto_pad="SAME_UPPER", kernel_shape=[1]),
-        node("Slice", ["y", "starts", "ends", "axes"], ["z"]),
-        node("Mul", ["z", "half"], ["m"]),
-        node("Flatten", ["m"], ["scores"]),
-    ]
-    return content(nodes, [weights, starts])
-
-
-def by_gemm():
-    nodes = [
-        node("Transpose", ["averages"], ["t"], perm=[1, 0, 2]),
-        node("Flatten", ["t"], ["flat"]),  # (5, rows * blocks)
-        node("Gemm", ["w", "flat", "b"], ["y"], alpha=0.5),
-        node("Unsqueeze", ["y", "one"], ["u"]),
-        node("MatMul", ["flat5", "u"], ["v"]),
-        node("Squeeze", ["v"], ["line"]),
-        node("Gather", ["averages", "last"], ["g"], axis=1),
-        node("Max", ["g"], ["scores"]),
-    ]
-    ints = [constant("one", [0], np.int64), constant("last", -1, np.int32)]
-    return content(nodes, [constant("w", np.ones((1, 5))), constant("b", [1.0]), constant("flat5", np.ones((1, 1, 1))), *ints])
-
-
-GOOD = {
-    "convolutions": lambda: content(*convolutions(3, 16)),
-    "perceptron": lambda: content(*perceptron(32), opset=20),
-    "512 nodes": lambda: content(chain(511)),
-    "newest opset": lambda: content(*convolutions(1, 4), opset=21, ir_version=10),
-    "oldest opset": lambda: content([SUM], opset=13, ir_version=7),
-    "old file": three_outputs_of_old_files,
-    "typed constants": typed_constants,
-    "gemm": by_gemm,
-    "no declared shapes": lambda: content([SUM], inputs=[info("averages", TensorProto.FLOAT, None)]),
-    "softmax, clip, concat": lambda: content(
-        [
-            node("Softmax", ["averages"], ["p"], axis=1),
-            node("Clip", ["p", "", "high"], ["c"]),
-            node("Concat", ["c", "averages"], ["both"], axis=1),
-            node("ReduceSum", ["both", "axes"], ["scores"], keepdims=0),
-        ],
-        [constant("high", 0.5), constant("axes", [1], np.int64)],
-    ),
-}
-
-
 @pytest.mark.parametrize("name", GOOD)
 def test_what_others_train_runs(name, sessions):
     data = GOOD[name]()
@@ -148,206 +78,6 @@ def test_what_others_train_runs(name, sessions):
 
 
 # ---- what is not
-
-
-def with_loop():
-    body = helper.make_graph(
-        [node("Identity", ["c"], ["d"]), node("Identity", ["v"], ["w"])], "body",
-        [info("i", TensorProto.INT64, []), info("c", TensorProto.BOOL, []), info("v", TensorProto.FLOAT, None)],
-        [info("d", TensorProto.BOOL, []), info("w", TensorProto.FLOAT, None)],
-    )  # fmt: skip
-    return content([node("Loop", ["", "", "averages"], ["x"], body=body), node("ReduceMean", ["x"], ["scores"], axes=[1], keepdims=0)])
-
-
-def with_if():
-    branch = helper.make_graph([node("Identity", ["averages"], ["x"])], "b", [], [info("x", TensorProto.FLOAT, None)])
-    return content([node("If", ["averages"], ["y"], then_branch=branch, else_branch=branch), SUM])
-
-
-def with_scan():
-    body = helper.make_graph(
-        [node("Identity", ["v"], ["w"])], "b", [info("v", TensorProto.FLOAT, None)], [info("w", TensorProto.FLOAT, None)]
-    )
-    return content([node("Scan", ["averages"], ["y"], body=body, num_scan_inputs=1), SUM])
-
-
-def external(location="secret.bin", in_node=False):
-    tensor = constant("w", np.zeros(100))
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", "0"), ("length", "400")):
-        tensor.external_data.add(key=key, value=value)
-    if in_node:
-        return content([node("Constant", [], ["w"], value=tensor), SUM])
-    return content([SUM], [tensor])
-
-
-def sparse(in_node=False):
-    values, places = constant("v", [1.0]), constant("", [0], np.int64)
-    tensor = helper.make_sparse_tensor(values, places, [100])
-    if in_node:
-        return content([node("Constant", [], ["w"], sparse_value=tensor), SUM])
-    made = model([SUM])
-    made.graph.sparse_initializer.append(tensor)
-    return made.SerializeToString()
-
-
-def with_function():
-    made = model([node("Mine", ["averages"], ["scores"])])
-    made.functions.append(helper.make_function("", "Mine", ["a"], ["b"], [node("Identity", ["a"], ["b"])], [helper.make_opsetid("", 17)]))
-    return made.SerializeToString()
-
-
-def sized(shape):
-    return helper.make_tensor("w", TensorProto.FLOAT, shape, np.zeros(0), raw=False) if 0 in shape else _claims(shape)
-
-
-def _claims(shape):
-    tensor = constant("w", [0.0])
-    del tensor.dims[:]
-    tensor.dims.extend(shape)
-    return tensor
-
-
-def of_type(kind, name="averages"):
-    return content([SUM], inputs=[info(name, kind, ["rows", 5, "blocks"])])
-
-
-def repeated(times):
-    """One list of nodes whose second half says it once more: other readers would merge them."""
-    made = model([SUM]).SerializeToString()
-    return made * times
-
-
-def fanned(n):
-    """Each value is the one before, twice: n nodes, 2 ** n values."""
-    nodes, name = [], "averages"
-    for i in range(n):
-        nodes += [node("Concat", [name, name], [f"x{i}"], axis=1)]
-        name = f"x{i}"
-    return content([*nodes, node("ReduceMean", [name], ["scores"], axes=[1], keepdims=0)])
-
-
-def squared():
-    """Every block with every other."""
-    nodes = [
-        SUMMED,
-        node("Unsqueeze", ["s", "one"], ["a"]),
-        node("Unsqueeze", ["s", "two"], ["b"]),
-        node("Mul", ["a", "b"], ["ab"]),
-        node("ReduceMean", ["ab"], ["scores"], axes=[1], keepdims=0),
-    ]
-    return content(nodes, [constant("one", [1], np.int64), constant("two", [2], np.int64)])
-
-
-def by_shape(op, *inputs, constants=(), **attributes):
-    return content([node(op, ["averages", *inputs], ["x"], **attributes), SUM], constants)
-
-
-BIG = constant("n", [1, 1, 2**40], np.int64)
-BAD = {
-    "loop": (with_loop, "Loop", "sub-graph"),
-    "if": (with_if, "If", "sub-graph"),
-    "scan": (with_scan, "Scan", "sub-graph"),
-    "sequences": (lambda: content([node("SequenceConstruct", ["averages"], ["q"]), SUM]), "SequenceConstruct"),
-    "functions": (with_function, "functions"),
-    "another domain": (lambda: content([node("Gelu", ["averages"], ["x"], domain="com.microsoft"), SUM]), "com.microsoft"),
-    "external data": (external, "another file"),
-    "external data, absolute": (lambda: external("/etc/passwd"), "another file"),
-    "an address": (lambda: external("*/_ORT_MEM_ADDR_/*"), "another file"),
-    "external data in a node": (lambda: external(in_node=True), "another file"),
-    "sparse": (sparse, "sparse"),
-    "sparse in a node": (lambda: sparse(in_node=True), "sparse"),
-    "texts": (lambda: content([SUM], [helper.make_tensor("t", TensorProto.STRING, [1], [b"x"])]), "texts"),
-    "doubles": (lambda: content([SUM], [constant("w", [1.0], np.float64)]), "type 11"),
-    "halves": (lambda: content([SUM], [constant("w", [1.0], np.float16)]), "type 10"),
-    "four bits": (lambda: content([SUM], [helper.make_tensor("w", TensorProto.INT4, [2], [1, 2])]), "type 22"),
-    "quantised": (lambda: content([node("DynamicQuantizeLinear", ["averages"], ["a", "b", "c"]), SUM]), "3 outputs"),
-    "integers in": (lambda: of_type(TensorProto.INT64), "32-bit floats"),
-    "doubles in": (lambda: of_type(TensorProto.DOUBLE), "32-bit floats"),
-    "a sequence in": (
-        lambda: content([SUM], inputs=[helper.make_tensor_sequence_value_info("averages", TensorProto.FLOAT, None)]),
-        "sequence",
-    ),
-    "expand": (lambda: by_shape("Expand", "n", constants=[BIG]), "Expand"),
-    "tile": (lambda: by_shape("Tile", "n", constants=[BIG]), "Tile"),
-    "pad": (lambda: by_shape("Pad", "n", constants=[constant("n", [0, 0, 0, 0, 0, 2**40], np.int64)]), "Pad"),
-    "resize": (lambda: by_shape("Resize", "", "s", constants=[constant("s", [1, 1, 1e9])]), "Resize"),
-    "constant of shape": (lambda: content([node("ConstantOfShape", ["n"], ["x"]), SUM], [BIG]), "ConstantOfShape"),
-    "range": (lambda: content([node("Range", ["a", "b", "a"], ["x"]), SUM], [constant("a", 1.0), constant("b", 1e12)]), "Range"),
-    "random": (lambda: content([node("RandomNormal", [], ["x"], shape=[1 << 40]), SUM]), "RandomNormal"),
-    "reshape to much": (lambda: by_shape("Reshape", "n", constants=[BIG]), "Reshape"),
-    "reshape by data": (lambda: by_shape("Reshape", "averages"), "no constant integers"),
-    "made for a size": (lambda: content([node("Reshape", ["averages", "n"], ["x"]), SUM], [constant("n", [5, 33], np.int64)]), "one size"),
-    "conv pads": (lambda: by_shape("Conv", "w", constants=CONV1, pads=[2**40, 0]), "pads"),
-    "conv dilations": (lambda: by_shape("Conv", "w", constants=CONV3, dilations=[2**40], pads=[1, 1]), "dilations"),
-    "conv groups": (lambda: by_shape("Conv", "w", constants=CONV1, group=2**40), "groups"),
-    "conv group 0": (lambda: by_shape("Conv", "w", constants=CONV1, group=0), "groups"),
-    "conv stride 0": (lambda: by_shape("Conv", "w", constants=CONV1, strides=[0]), "strides"),
-    "conv channels": (lambda: by_shape("Conv", "w", constants=[constant("w", np.ones((1 << 18, 5, 1)))]), "operations|values"),
-    "a giant": (lambda: content(*convolutions(16, 200)), "operations"),
-    "a giant matrix": (lambda: content(*perceptron(1100), opset=20), "operations"),
-    "doubled and doubled": (lambda: fanned(30), "values"),
-    "doubled 200 times": (lambda: fanned(200), "values"),
-    "squared": (squared, "values"),
-    "of its weights alone": (
-        lambda: content([node("MatMul", ["w", "w"], ["x"]), SUM], [constant("w", np.ones((1000, 1000)))]),
-        "constants alone",
-    ),
-    "100,000 nodes": (functools.cache(lambda: content(chain(100_000))), "100,001 nodes"),
-    "200,000 inputs": (lambda: content([node("Max", ["averages"] * 200_000, ["x"]), SUM]), "more parts"),
-    "a circle": (lambda: content([node("Add", ["averages", "y"], ["x"]), node("Relu", ["x"], ["y"]), SUM]), "circle"),
-    "itself": (lambda: content([node("Add", ["averages", "x"], ["x"]), SUM]), "circle"),
-    "one name twice": (lambda: content([node("Relu", ["averages"], ["x"]), node("Exp", ["averages"], ["x"]), SUM]), "name 'x'"),
-    "an input's name": (lambda: content([node("Relu", ["averages"], ["averages"]), SUM]), "name 'averages'"),
-    "constants of one name": (lambda: content([SUM], [constant("w", [1.0]), constant("w", [2.0])]), "name 'w'"),
-    "two inputs of one name": (lambda: content([SUM], inputs=[AVERAGES, AVERAGES]), "name 'averages'"),
-    "two outputs of one name": (lambda: content([SUM], outputs=[SCORES, SCORES]), "name 'scores'"),
-    "no output": (lambda: content([SUM], outputs=[]), "takes"),
-    "an output that nobody makes": (lambda: content([SUM], outputs=[info("x", TensorProto.FLOAT, None)]), "no node makes"),
-    "the input as output": (lambda: content([SUM], outputs=[SCORES, AVERAGES]), "no node makes"),
-    "no nodes": (lambda: content([]), "no node makes"),
-    "nothing in it": (lambda: content([SUM], [sized([0])]), "shape"),
-    "a negative size": (lambda: content([SUM], [sized([-1])]), "shape"),
-    "a size of 2**62": (lambda: content([SUM], [sized([2**62])]), "shape"),
-    "a product of 2**64": (lambda: content([SUM], [sized([2**22, 2**22, 2**20])]), "shape"),
-    "more than it says": (lambda: content([SUM], [sized([2])]), "4 bytes|1 values"),
-    "ten dimensions": (lambda: content([SUM], [constant("w", np.ones([1] * 10))]), "shape"),
-    "nan": (lambda: content([SUM], [constant("w", [np.nan])]), "not numbers"),
-    "inf": (lambda: content([SUM], [constant("w", [np.inf])]), "not numbers"),
-    "inf in an attribute": (lambda: by_shape("LeakyRelu", alpha=float("inf")), "not a number"),
-    "integers divided by 0": (
-        lambda: content([node("Div", ["a", "b"], ["x"]), SUM], [constant("a", 1, np.int64), constant("b", 0, np.int64)]),
-        "integers",
-    ),
-    "a place that is not there": (lambda: by_shape("Gather", "i", constants=[constant("i", 5, np.int64)], axis=1), "places"),
-    "a negative place": (lambda: by_shape("Gather", "i", constants=[constant("i", -6, np.int64)], axis=1), "places"),
-    "a block's place": (lambda: by_shape("Gather", "i", constants=[constant("i", 3, np.int64)], axis=2), "places"),
-    "an axis that is not there": (lambda: by_shape("Softmax", axis=7), "axis 7"),
-    "backwards": (lambda: by_shape("Slice", "a", "b", "c", "d", constants=[constant(x, [-1], np.int64) for x in "abcd"]), "backwards"),
-    "an attribute of no use": (lambda: by_shape("Relu", consumed_inputs=[1]), "consumed_inputs"),
-    "an attribute of another type": (lambda: by_shape("Softmax", axis=1.5), "axis"),
-    "opset 12": (lambda: content([SUM], opset=12), "opset is 12"),
-    "opset 99": (lambda: content([SUM], opset=99), "opset is 99"),
-    "opset -1": (lambda: content([SUM], opset=-1), "opset is -1"),
-    "IR version 3": (lambda: content([SUM], ir_version=3), "IR version is 3"),
-    "IR version 2**62": (lambda: content([SUM], ir_version=2**62), "IR version"),
-    "twice in one": (lambda: repeated(2), "two values"),
-    "17 MB": (lambda: content([SUM], [constant("w", np.ones(17 << 18))]), "bytes"),
-    "more weights than a file of lists has": (
-        lambda: content([SUM], [helper.make_tensor("w", 1, [300_000], [0.5] * 300_000)]),
-        "more parts",
-    ),
-    "escapes": (lambda: content([node("Relu", ["\x1b[2J\u202e"], ["x"]), SUM]), "circle"),
-    "a long name": (lambda: content([node("Relu", ["x" * 100_000], ["x"]), SUM]), "characters"),
-    "ORT's own format": (lambda: b"\x00\x00\x00\x00ORTM" + bytes(200), "file"),
-    "nothing": (lambda: b"", "no graph"),
-    "groups": (lambda: b"\x3b" * 100_000, "unknown type"),
-    "endless number": (lambda: b"\x08" + b"\xff" * 100, "64 bits"),
-    "cut": (lambda: resolve("paper").read_bytes()[:-7], "cut short"),
-    "a length beyond the end": (lambda: b"\x3a\xff\xff\xff\xff\x0f", "cut short"),
-    "two million empty fields": (lambda: b"\x12\x00" * 2_000_000, "more parts"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -485,6 +215,7 @@ import sys, threading, time, _thread
 import numpy as np
 from predictor_onnx.infer import open_predictor
 sys.path.insert(0, {tests!r})
+from odd_networks import BAD, CONV1, CONV3, GOOD, SUMMED
 from networks import content, convolutions
 predictor = open_predictor(content(*convolutions(12, 150)))
 predictor._reach = None
@@ -536,129 +267,9 @@ def test_scores_are_shares_whatever_a_network_yields():
 # ---- ONNX Runtime itself
 
 
-@pytest.mark.parametrize("version", ["1.20.1", "1.23.1", "0.9", "nonsense"])
-def test_an_old_onnx_runtime_is_refused(version, monkeypatch, smollm2):
-    monkeypatch.setattr(ort, "__version__", version)
-    with pytest.raises(PredictorError, match=rf"{version} has known holes; pip install --upgrade"):
-        open_predictor(resolve("stream"))
-    with pytest.warns(UserWarning, match="the predictor is 'ema': ONNX Runtime .* has known holes"):
-        llm = Llama(smollm2, n_ctx=256, sparse=SparseConfig(), n_threads=2, verbose=False)
-    llm.close()
-
-
 def test_versions():
     assert runtime.version_of("1.32.0") == runtime.version_of("1.32.0+cuda") == (1, 32, 0)
     assert runtime.version_of("1.28.0.dev20260701") == (1, 28, 0) and runtime.version_of("2") == (2,)
-
-
-# ---- in a model
-
-
-@pytest.fixture(scope="module")
-def carriers(tmp_path_factory):
-    """Makes tiny models with anything in the place of a network."""
-    import hashlib
-    import json
-
-    from kvcast.gguf.reader import GgufFile
-    from tiny import SHAPES, write_tiny
-
-    folder = tmp_path_factory.mktemp("carriers")
-    plain = write_tiny(folder / "plain.gguf", SHAPES["llama"])
-
-    def make(data, card=None):
-        out = folder / f"{hashlib.sha256(data + str(card).encode()).hexdigest()[:8]}.gguf"
-        with GgufFile(plain) as gguf:
-            gguf.set_bytes(embedded.ONNX, data)
-            gguf.set_str(embedded.CARD, json.dumps({"name": "theirs", "architecture": "conv"}) if card is None else card)
-            gguf.set_str(embedded.SHA256, hashlib.sha256(data).hexdigest())
-            with plain.open("rb") as before:
-                before.seek(gguf.data_offset)
-                out.write_bytes(gguf.metadata() + before.read())
-        return out
-
-    return make
-
-
-def loaded(path, **config):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        llm = Llama(path, n_ctx=256, sparse=SparseConfig(**config), n_threads=2, verbose=False)
-    said = [str(w.message) for w in seen]
-    return llm, said
-
-
-@pytest.mark.parametrize("name", ["loop", "external data", "doubled 200 times", "100,000 nodes", "constant of shape", "cut", "functions"])
-def test_a_model_runs_without_the_predictor_that_it_brings(name, carriers, sessions):
-    llm, said = loaded(carriers(BAD[name][0]()))
-    assert len(said) == 1 and "the model's own predictor is left out and 'onnx:stream' used instead" in said[0]
-    assert len(sessions) == 1 and llm.session.predictor._network._bounds.seconds is None
-    llm.eval(list(range(1, 100)))
-    llm.eval([5])
-    llm.close()
-
-
-def test_a_predictor_that_is_not_wanted_is_never_loaded(carriers, monkeypatch):
-    path = carriers(content(*convolutions(1, 4)))
-
-    def never(self):
-        raise AssertionError("looked at")
-
-    monkeypatch.setattr(embedded.Embedded, "checked", never)
-    for predictor in ("onnx:stream", "ema", "window"):
-        llm, said = loaded(path, predictor=predictor)
-        assert not said
-        llm.close()
-
-
-def test_a_predictor_that_a_model_brings_is_said(carriers):
-    from kvcast.gguf.support import sparse_if_tested
-    from kvcast.planning.inspect_gguf import inspect
-
-    path, bad = carriers(content(*convolutions(1, 4))), carriers(BAD["loop"][0]())
-    found = inspect(path)["embedded_predictor"]
-    n = 4 * 5 * 3 + 4 + 4 * 3 + 1
-    assert found["name"] == "theirs" and found["parameters"] == n and found["intact"] and found["why_not_used"] is None
-    found = inspect(bad)["embedded_predictor"]
-    assert found["intact"] and "Loop" in found["why_not_used"] and found["parameters"] is None
-    for config, n_said in ((SparseConfig(), 1), (SparseConfig(predictor="onnx:stream"), 0), (None, 0)):
-        said = []
-        assert sparse_if_tested(path, config, said.append) == config
-        assert len(said) == n_said
-        for text in said:
-            assert path.name in text and "'theirs'" in text and f"{n} parameters" in text and "onnx:stream" in text
-    said = []
-    sparse_if_tested(bad, SparseConfig(), said.append)
-    assert said == []
-
-
-CARDS = {
-    "escapes": '{"name": "\\u001b[2J"}',
-    "turned round": '{"name": "a\\u202eb"}',
-    "a long name": '{"name": "' + "x" * 1000 + '"}',
-    "deep": "[" * 200_000,
-    "a long number": '{"name": "x", "parameters": ' + "9" * 10_000 + "}",
-    "a number for a name": '{"name": 5}',
-    "a list": "[1]",
-    "a name for a number": '{"name": "x", "parameters": "many"}',
-    "a huge one": '{"name": "x", "note": "' + "x" * (1 << 19) + '"}',
-    "nothing": "",
-}
-
-
-@pytest.mark.parametrize("name", CARDS)
-def test_a_card_from_outside(name, carriers, tmp_path):
-    from kvcast.planning.inspect_gguf import inspect
-
-    found = inspect(carriers(content(*convolutions(1, 4)), CARDS[name]))["embedded_predictor"]
-    assert found["name"] is None and found["parameters"] and found["why_not_used"] is None
-    (tmp_path / "x.onnx").write_bytes(content(*convolutions(1, 4)))
-    (tmp_path / "x.json").write_text(CARDS[name])
-    from kvcast.cli.predictor import card
-
-    with pytest.raises(ValueError, match="is damaged") as caught:
-        card(str(tmp_path / "x.onnx"))
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_a_network_of_a_gigabyte_is_not_read(monkeypatch):
