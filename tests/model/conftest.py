@@ -1,0 +1,3 @@
+"""Fixtures of several modules here."""
+
+from hostile import subject as subject
