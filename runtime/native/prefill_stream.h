@@ -1,5 +1,5 @@
 // Prompts on a GPU whose KV cache lies in host memory: K and V of one layer after another pass through two buffers on the device,
-// copied beside the compute of the layer before (stream.cpp).
+// copied beside the compute of the layer before (prefill_stream.cpp).
 #pragma once
 
 #include "kvcast.h"

@@ -18,7 +18,7 @@ import resource, sys
 from pathlib import Path
 import psutil
 from kvcast import Llama, ModelError, SessionError, SparseConfig, SparseUnsupported
-from kvcast.bindings.context import Attached
+from kvcast.bindings.context import NativeContext
 import llama_cpp
 
 model, text, folder = map(Path, sys.argv[1:])
@@ -47,8 +47,8 @@ def room(n_bytes):
 room(48 << 20)
 refused(SessionError, "no memory for a copy", llm.save_state)
 refused(SessionError, "no memory to take the state in", lambda: llm.load_state(state))
-refused(SparseUnsupported, "host memory ran out", lambda: Attached(bare.ctx, 1 << 16))
-refused(SparseUnsupported, "no memory left for the pool", lambda: Attached(bare.ctx, 1, 0, False, 128, 1))
+refused(SparseUnsupported, "host memory ran out", lambda: NativeContext(bare.ctx, 1 << 16))
+refused(SparseUnsupported, "no memory left for the pool", lambda: NativeContext(bare.ctx, 1, 0, False, 128, 1))
 refused(ModelError, "memory ran out", lambda: Llama(model, n_ctx=8192, **make))  # the weights
 llm.save_session(folder / "x.session")  # makes no copy
 llm.load_session(folder / "x.session")

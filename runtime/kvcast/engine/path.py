@@ -105,7 +105,7 @@ class AttentionPath(ABC):
 
     Attributes
     ----------
-    attached : Attached
+    attached : NativeContext
     n_rows : int
         Served layers times KV heads: rows of the arrays below, which are native memory.
     blocks, n_listed : int32, shapes (n_rows, n_blocks), (n_rows,)

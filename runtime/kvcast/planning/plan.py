@@ -3,7 +3,7 @@
     device:  weights, pool, staging, taps, compute buffers, driver       <= --vram
     host:    store, summary (host path), scores and history, token embedding, (without a device: weights, compute buffers) <= --ram
 
-Every term is in sizes.py and in docs/plan.md.
+Every term is in gguf/memory.py and in docs/plan.md.
 """
 
 from __future__ import annotations

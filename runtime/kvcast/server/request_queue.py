@@ -100,7 +100,7 @@ class RequestQueue:
 
     Parameters
     ----------
-    proxy : Proxy
+    proxy : ModelManager
     interrupt : bool
         A new request stops the one that runs; else it waits.
     bounds : Bounds

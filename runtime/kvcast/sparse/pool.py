@@ -79,7 +79,7 @@ class Pool:
 
     Parameters
     ----------
-    attached : Attached
+    attached : NativeContext
         With a pool.
     spread : callable
         Makes calls, each a function and its arguments, perhaps on several threads.
