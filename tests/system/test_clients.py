@@ -16,7 +16,7 @@ from openai import APIError, BadRequestError, InternalServerError, NotFoundError
 from pydantic import BaseModel
 
 from kvcast import GenerationError, Llama, SparseConfig
-from kvcast.gguf.support import notes_on
+from kvcast.llama.notes import notes_on
 from kvcast.server.model_manager import ModelManager
 from kvcast.server.served import ServedLlama
 from kvcast.server.settings import ModelSettings

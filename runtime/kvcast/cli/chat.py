@@ -61,8 +61,9 @@ def chat(
     """Chat, about documents if any are given. Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
     from ..chat.conversation import Conversation, Signals
     from ..chat.documents import DocumentCache
-    from ..gguf.support import notes_on, sparse_if_tested
+    from ..gguf.support import sparse_if_tested
     from ..llama.model import Llama
+    from ..llama.notes import notes_on
     from ..llama.session_file import check_place, made_with
 
     if session is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ from .header import read_header
 
 if TYPE_CHECKING:
     from ..config import SparseConfig
-    from ..llama.model import Llama
 
 CANNOT_LOAD = "llama.cpp cannot load it as a text model"
 TESTED = (  # by tests/model/test_families.py; docs/coverage.md
@@ -62,17 +61,6 @@ def why_dense(path: str | os.PathLike[str]) -> str:
     """Why a model runs dense unless asked, ``CANNOT_LOAD`` included; "" when it is served sparse."""
     reason, family = why_impossible(path), read_header(path).arch
     return reason or ("" if family in TESTED else SparseUntested(family).reason)
-
-
-def notes_on(llm: Llama, n_ctx: int, given: Collection[str]) -> list[str]:
-    """What of a loaded model may disappoint, in a sentence each; ``given`` are the names of the arguments that it was loaded with."""
-    found = []
-    trained = llm.header.n_ctx_train
-    if 0 < trained < n_ctx and not {"rope_scaling_type", "rope_freq_base", "rope_freq_scale"} & set(given):
-        found.append(f"the context of {n_ctx:,} tokens is longer than the {trained:,} of the model's training; past those answers go wrong")
-    if "tokenizer.chat_template" not in llm.metadata and not {"chat_format", "chat_handler"} & set(given):
-        found.append("the file has no chat template, as a base model has none; questions are put in Llama 2's, which it may not know")
-    return found
 
 
 def sparse_if_tested(path: str | os.PathLike[str], sparse: SparseConfig | None, say: Callable[[str], None]) -> SparseConfig | None:

@@ -17,7 +17,8 @@ from .. import models
 from ..chat.documents import DocumentCache
 from ..errors import KvcastError
 from ..gguf.header import read_header
-from ..gguf.support import notes_on, sparse_if_tested
+from ..gguf.support import sparse_if_tested
+from ..llama.notes import notes_on
 from .errors import ApiError
 from .served import ServedLlama
 from .settings import ModelSettings, short_name
