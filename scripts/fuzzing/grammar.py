@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-from llama_cpp import LlamaGrammar, llama_grammar
 
 from kvcast import InputError, Llama
 from kvcast.llama.grammar import check_grammar, grammar_of_schema
 from shapes import write_shape
 
 from . import mutate
+
+# isort: split
+from llama_cpp import LlamaGrammar, llama_grammar  # which kvcast carries
 
 N_TOKENS = 200  # of an answer
 WHOLE = (

@@ -11,7 +11,7 @@ from numba import types
 
 from injection.subject import N_TOKENS, PATHS, replaced, subject
 from kvcast import CallbackError, GenerationError
-from kvcast.engine import session
+from kvcast.engine import host_path
 from predictor_onnx.runtime import unusable
 
 
@@ -95,7 +95,7 @@ def network(i: int, rng: random.Random) -> None:
     beside = 0 if i % 2 else 1 << 60
     with (
         replaced(owner, "_session", Failing(owner._session)),
-        replaced(session, "OVERLAP_MIN", beside),
+        replaced(host_path, "OVERLAP_MIN", beside),
         warnings.catch_warnings(record=True) as seen,
     ):
         warnings.simplefilter("always")

@@ -11,7 +11,7 @@ import pytest
 
 from commands import command, one_sentence
 from kvcast import Llama, SessionError, SparseConfig
-from kvcast.engine import session
+from kvcast.engine import guard
 from kvcast.llama import session_file
 from logits import logits_of
 from places import ROOT
@@ -42,7 +42,7 @@ def go_on(llm, tokens):
 @pytest.mark.filterwarnings("ignore:predictor")
 @pytest.mark.parametrize("config, margin, margin_of_other", CASES.values(), ids=CASES.keys())
 def test_a_load_goes_on_as_if_nothing_had_been(small, code, tmp_path, monkeypatch, config, margin, margin_of_other):
-    monkeypatch.setattr(session, "GUARD_MARGIN", margin)
+    monkeypatch.setattr(guard, "GUARD_MARGIN", margin)
     llm, again = (Llama(small, sparse=config, seed=seed, **SHARED) for seed in (7, 8))
     tokens = llm.tokenize(code.encode())
     llm.eval(tokens[:500])
@@ -53,13 +53,13 @@ def test_a_load_goes_on_as_if_nothing_had_been(small, code, tmp_path, monkeypatc
         untouched, _ = go_on(llm, tokens[527:])
         llm.load_state(state)
     llm.save_session(tmp_path / "x.session", {"for": ["whom"]})
-    monkeypatch.setattr(session, "GUARD_MARGIN", 0)
+    monkeypatch.setattr(guard, "GUARD_MARGIN", 0)
     expected, sampled = go_on(llm, tokens[527:])
 
-    monkeypatch.setattr(session, "GUARD_MARGIN", margin_of_other)
+    monkeypatch.setattr(guard, "GUARD_MARGIN", margin_of_other)
     again.eval(tokens[600:900])
     again.eval([tokens[0]])
-    monkeypatch.setattr(session, "GUARD_MARGIN", 0)
+    monkeypatch.setattr(guard, "GUARD_MARGIN", 0)
     assert again.load_session(tmp_path / "x.session") == {"for": ["whom"]}
     assert again.n_tokens == 527 and (config is None or again.session.history.primed)
     got, sampled_again = go_on(again, tokens[527:])

@@ -9,11 +9,13 @@ import os
 import sys
 import types
 
-import llama_cpp
 import pytest
 
 import kvcast
 from kvcast import models
+
+# isort: split
+import llama_cpp  # which kvcast carries
 
 SPARSE = os.environ.get("KVCAST_NEIGHBOURS") == "sparse"
 QWEN = "needs a download: what Qwen3.5 says is expected"

@@ -159,6 +159,16 @@ def test_no_signal_is_lost_in_what_llama_cpp_says(file, monkeypatch, verbose):
     assert n_raised + len(of_signals) == 12
 
 
+def test_loading_takes_no_lock_of_logging(file, monkeypatch):
+    """Python 3.11 does not let go of it when a signal comes in the middle, and then whoever logs on another thread waits for ever."""
+    from llama_cpp import _logger
+
+    monkeypatch.setattr(_logger.logger, "setLevel", lambda level: pytest.fail("it was taken"))
+    for verbose, level in ((True, 10), (False, 40)):
+        Llama(file, n_ctx=256, n_threads=1, verbose=verbose).close()
+        assert _logger.logger.level == level
+
+
 def test_messages_that_nobody_can_read_are_no_error(monkeypatch):
     for broken in (open(os.devnull), io.TextIOWrapper(io.BytesIO(), encoding="ascii"), None):
         monkeypatch.setattr(sys, "stderr", broken)

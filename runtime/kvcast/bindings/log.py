@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import logging
 import sys
 import threading
 import weakref
@@ -16,6 +17,7 @@ from .library import use_own_libraries
 
 use_own_libraries()
 
+import llama_cpp.llama as llama_module  # noqa: E402
 import llama_cpp.llama_cpp as llama_cpp  # noqa: E402
 from llama_cpp import _logger  # noqa: E402
 
@@ -87,6 +89,12 @@ def _log_failed(error: BaseException) -> int:
     return 0
 
 
+def set_verbose(verbose: bool) -> None:
+    """llama-cpp-python's, without logging's lock: where a signal ends ``Logger.setLevel``, Python 3.11 holds that lock for ever."""
+    _logger.logger.level = logging.DEBUG if verbose else logging.ERROR
+
+
+llama_module.set_verbose = set_verbose
 _log_by_one = by_one(_log, _log_failed)
 _native_log = llama_cpp.llama_log_callback(("kvcast_log_by_one", llama_cpp._lib))
 
