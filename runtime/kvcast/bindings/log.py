@@ -94,7 +94,7 @@ def set_verbose(verbose: bool) -> None:
     _logger.logger.level = logging.DEBUG if verbose else logging.ERROR
 
 
-llama_module.set_verbose = set_verbose
+llama_module.set_verbose = set_verbose  # type: ignore[attr-defined]
 _log_by_one = by_one(_log, _log_failed)
 _native_log = llama_cpp.llama_log_callback(("kvcast_log_by_one", llama_cpp._lib))
 
