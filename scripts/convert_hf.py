@@ -18,7 +18,7 @@ from rich.console import Console
 
 import vendor
 from kvcast.bindings.api import llama_cpp
-from kvcast.bindings.log import quiet
+from kvcast.bindings.log import muted_llama_log
 from kvcast.cli.console import progress
 from kvcast.errors import KvcastError
 from kvcast.extras import install_line
@@ -53,7 +53,7 @@ def quantize(source: Path, out: Path, name: str) -> None:
     """Write ``source`` quantised."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = file_types()[name]
-    with quiet():
+    with muted_llama_log():
         failed = llama_cpp.llama_model_quantize(bytes(source), bytes(out), params)
     if failed:
         raise KvcastError(f"llama.cpp could not quantise the model to {name}; try another, as Q8_0")
