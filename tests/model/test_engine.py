@@ -2,11 +2,12 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kvcast import Llama, SparseConfig
+from kvcast import GenerationError, Llama, SparseConfig
 from kvcast.engine.path import AttentionPath
 from tiny import N_VOCAB, SHAPES, write_tiny
 
@@ -67,3 +68,22 @@ def test_a_model_that_nobody_refers_to_is_freed_at_once(file, path):
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("path", ["host", "device"])
+def test_a_token_that_was_looked_at_ahead_does_not_count_when_its_step_fails(file, monkeypatch, path):
+    config = replace(PATHS[path], predictor="oracle")
+    llm = Llama(file, n_ctx=512, n_batch=128, n_threads=1, sparse=config, verbose=False)
+    llm.eval(TOKENS[:300])
+
+    def fail(*_):
+        raise RuntimeError("no step")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.session.path, "prepare", fail)
+        with pytest.raises(GenerationError, match="the store holds the 300 tokens"):
+            llm.eval([TOKENS[300]])
+    assert llm.n_tokens == llm.session.n_tokens == 300
+    llm.eval([TOKENS[300]])
+    assert llm.n_tokens == 301
+    llm.close()

@@ -17,7 +17,7 @@ NAMES = sorted(set(re.findall(r"^struct (kvcast_\w+) \{", HEADER.read_text(), re
 CALLS = {"kvcast_attention_call": api.AttentionCall, "kvcast_io_call": api._IoCall, "kvcast_log_call": log._LogCall}
 
 
-@pytest.mark.skipif(not INCLUDE[1].is_dir() or not shutil.which("cc"), reason="needs llama.cpp's headers and a C compiler")
+@pytest.mark.skipif(not INCLUDE[1].is_dir() or not shutil.which("c++"), reason="needs llama.cpp's headers and a C++ compiler")
 def test_structures(tmp_path):
     ours = {name: getattr(api, name) if hasattr(api, name) else CALLS[name] for name in NAMES}
     lines = []

@@ -258,7 +258,7 @@ class Session:
         else:
             if self.config.predictor in predictors.LOOK_AHEAD:
                 self.observe_truth(tokens[0])
-                self.n_tokens -= 1  # and it is taken back
+                self.n_tokens = self.n_done = self.n_tokens - 1  # and it is taken back
             self.step(tokens[0])
 
     def prompt(self, tokens: Sequence[int], *, held: bool = True) -> None:

@@ -21,7 +21,7 @@ WINDOW_MAX = 1 << 24  # tokens; llama.cpp makes room for as many
 SETTLED_NS = 2 * 10**9  # a file that was changed less than this ago may change again within the same tick of its clock
 N_KEPT = 8  # headers
 
-_read: dict[tuple[Stamp, tuple[tuple[str, bool | int | float | str], ...]], Header] = {}  # a command asks for one several times
+_read: dict[tuple[Stamp, tuple[tuple[str, str, str], ...]], Header] = {}  # a command asks for one several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def read_header(path: str | os.PathLike[str], overrides: Mapping[str, bool | int
         The file is missing, not a GGUF, shorter than its header says, or damaged; or cannot be with these overrides.
     """
     (stamp,) = stamps([os.fspath(path)])
-    key = stamp, tuple(sorted((overrides or {}).items()))
+    key = stamp, tuple(sorted((name, type(value).__name__, str(value)) for name, value in (overrides or {}).items()))
     settled = time.time_ns() - max(stamp.modified_ns, stamp.changed_ns) > SETTLED_NS
     if settled and key in _read:
         return _read[key]
