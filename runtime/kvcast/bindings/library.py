@@ -26,6 +26,7 @@ REINSTALL = "install kvcast again (pip install --force-reinstall, of the same fi
 # How long a thread that waits for the others keeps its core busy. Unbounded, as OpenMP runtimes have it, any other program on these cores
 # slows an answer a hundredfold. Read once, when the runtime is loaded: GNU's (in turns of a loop), LLVM's and Intel's (in milliseconds).
 WAITING = {"GOMP_SPINCOUNT": "300", "KMP_BLOCKTIME": "1"}
+LOG_LEVELS: dict[int, int] = {}  # of ggml, to Python's, in the place of llama-cpp-python's
 SET_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
 
 

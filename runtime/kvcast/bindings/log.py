@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from ..terminal import plain
-from .library import use_own_libraries
+from .library import LOG_LEVELS, use_own_libraries
 
 use_own_libraries()
 
@@ -76,7 +76,8 @@ def _log(address: int) -> int:
 
 def _plain_log(level: int, text: bytes) -> None:
     """llama.cpp quotes names from files; what a terminal would obey does not reach it."""
-    if not _muted_logs and _logger.logger.level <= _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level]:
+    level_of = LOG_LEVELS.get(level, _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[level])
+    if not _muted_logs and _logger.logger.level <= level_of:
         try:
             print(plain(text.decode(errors="replace")), end="", flush=True, file=sys.stderr)
         except (OSError, ValueError) as error:  # nobody can read it

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from ..bindings.library import LOG_LEVELS
 from ..errors import KvcastError
 from ..terminal import PLAIN
 from .bench import bench
@@ -35,10 +36,8 @@ app.command()(trace)
 
 def main() -> None:
     """Entry point: errors of ours are one sentence and exit code 1."""
-    from llama_cpp import _logger
-
     # llama-cpp-python 0.3.36 numbers ggml's log levels one too low and so prints warnings as errors
-    _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
+    LOG_LEVELS.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
     if logging.lastResort is not None:
         logging.lastResort.addFilter(PLAIN)
     try:
