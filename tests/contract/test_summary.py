@@ -16,7 +16,7 @@ N = 1000  # tokens before the step
 def attach(path, code, kind, n_threads=2):
     llm = Llama(path, n_ctx=2048, verbose=False, flash_attn=True, offload_kqv=False, n_threads=n_threads, type_k=kind, type_v=kind)
     tokens = llm.tokenize(code.encode())
-    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD, summary=True)
+    attached = NativeContext(llm.ctx, 64, native.TRACE_HEAD | native.TRACE_SCORES, summary=True)
     llm.eval(tokens[: N - 60])
     attached.set_mode(native.HISTORY)
     llm.eval(tokens[N - 60 : N])
