@@ -110,7 +110,7 @@ def replay(session, shares: list[float]) -> None:
 
 def record(model: Path, text: Path, n_context: int, budget: int, n_steps: int = 512) -> None:
     """Add the shares of one model and text to churn.json."""
-    config = SparseConfig(budget=budget, path="device", budgets="uniform")
+    config = SparseConfig(budget=budget, path="device", budget_allocation="uniform")
     llm = Llama(model, sparse=config, n_ctx=n_context + n_steps, verbose=False)
     tokens = llm.tokenize(text.read_bytes())[: n_context + n_steps]
     llm.eval(tokens[:n_context])
@@ -252,8 +252,8 @@ def main() -> None:
                 for name, change in (
                     ("no prefetch", {"prefetch": False}),
                     ("ema", {"predictor": "ema"}),
-                    ("network on the GPU", {"predictor_on": "cuda"}),
-                    ("host:32", {"calibrate": "host:32"}),
+                    ("network on the GPU", {"predictor_device": "cuda"}),
+                    ("layers:32", {"calibrate": "layers:32"}),
                 ):
                     changed = SparseConfig(budget=config.budget, path="device", **change)
                     table.sparse(llm, n_context, f"device {config.budget}, {name}", changed)

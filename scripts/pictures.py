@@ -40,7 +40,7 @@ def host(path: Path) -> None:
         forecast = session.path.weights[row, :n_blocks] ** 2  # what the step was given: the roots
         estimate = attached.estimates[LAYER, HEAD, :n_blocks].copy()
         attended = np.isin(np.arange(n_blocks), session.result.blocks[row, : session.result.n_attended[row]])
-        begin, end = session.path.free_range
+        begin, end = session.path.topk_range
     free = (np.arange(n_blocks) >= begin) & (np.arange(n_blocks) < end)
     colours = np.where(attended, np.where(free, CHOSEN, KEPT), LEFT)
     fig, axes = plt.subplots(3, 1, figsize=(10, 6), sharex=True, layout="constrained")

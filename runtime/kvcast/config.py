@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
+import warnings
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from .blocks import BLOCK_TOKENS
 from .checks import BELOW_1, INT32_MAX, Check, flag, number, optional, shown, text, whole
@@ -20,12 +24,12 @@ _CHECKS: dict[str, Check] = {
     "budget": _tokens,
     "compression": optional(number(1.0, TOKENS_MAX)),
     "predictor": text,
-    "predictor_on": text,
+    "predictor_device": text,
     "sink": _tokens,
     "window": _tokens,
     "hold": optional(whole(1, TOKENS_MAX)),
     "calibrate": text,
-    "budgets": text,
+    "budget_allocation": text,
     "dense_layers": whole(0, TOKENS_MAX),
     "min_recovery": number(0.0, BELOW_1),
     "trace": flag,
@@ -35,15 +39,46 @@ _CHECKS: dict[str, Check] = {
 }
 
 
+OLD_NAMES = {"budgets": "budget_allocation", "predictor_on": "predictor_device"}
+_C = TypeVar("_C", bound=type)
+
+
+def _deprecated(old: str, new: str, n_frames: int) -> None:
+    warnings.warn(f"{old} of SparseConfig is now {new}", DeprecationWarning, stacklevel=n_frames + 1)
+
+
+def _with_old_names(cls: _C) -> _C:
+    """Fields can be given and read by their old names."""
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        for old, new in OLD_NAMES.items():
+            if old in values:
+                _deprecated(old, new, 2)
+                if new in values:
+                    raise ArgumentError(f"{old} is the old name of {new}; give one of them")
+                values[new] = values.pop(old)
+        init(self, *args, **values)
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    for old, new in OLD_NAMES.items():
+        setattr(cls, old, property(operator.attrgetter(new)))
+    return cls
+
+
+@_with_old_names
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
     """Settings of sparse attention; the defaults are what the published figures were measured with.
 
+    ``budgets``, ``predictor_on`` and ``calibrate="host:M"`` are older names, which work with a DeprecationWarning.
+
     Parameters
     ----------
     budget : int
-        Tokens per KV head and layer that a step attends to, sink and window included; with ``budgets="spread"`` in the
-        mean over the model.
+        Tokens per KV head and layer that a step attends to, sink and window included; with ``budget_allocation="spread"``
+        in the mean over the model.
     compression : float or None
         Instead of ``budget``: the budget is context / compression, renewed at each selection.
     predictor : str
@@ -52,7 +87,7 @@ class SparseConfig:
         ``last`` (scores of the last step), ``window`` (sink and window only),
         ``onnx:NAME`` (a network of predictor_onnx, or a path to one). For evaluation: ``oracle`` and ``quest`` (run each step twice,
         to see its true scores or its query), ``streaming``, ``h2o``, ``snapkv`` (published methods, simulated; ``kvcast eval``).
-    predictor_on : str
+    predictor_device : str
         Where a network runs: ``cpu``, or ``cuda`` through ONNX Runtime's CUDA provider (onnxruntime-gpu), on a stream of its own;
         on the CPU, with a warning, where that cannot be used.
     sink, window : int
@@ -63,10 +98,10 @@ class SparseConfig:
     calibrate : str
         How blocks outside the set are seen. ``summary``: each step estimates the attention to every block from a summary
         of the keys and its own query, and chooses by that and the prediction; costs host memory, 8 % of an f16 store.
-        ``dense:M``: one step in M attends to everything and so renews every score. ``host:M``: the same, one M-th of the
-        layers at each step; on the device path computed on the host, beside the steps. ``off``. ``auto`` is ``summary`` on the
+        ``dense:M``: one step in M attends to everything and so renews every score. ``layers:M``: the same, one M-th of
+        the layers at each step; on the device path computed on the host, beside the steps. ``off``. ``auto`` is ``summary`` on the
         host path and ``off`` on the device path, whose sets are a step old: there a single query says little (docs/device.md).
-    budgets : str
+    budget_allocation : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
         (the same for all).
     dense_layers : int
@@ -94,12 +129,12 @@ class SparseConfig:
     budget: int = 512
     compression: float | None = None
     predictor: str = "auto"
-    predictor_on: str = "cpu"
+    predictor_device: str = "cpu"
     sink: int = 16
     window: int = 64
     hold: int | None = None
     calibrate: str = "auto"
-    budgets: str = "spread"
+    budget_allocation: str = "spread"
     dense_layers: int = 0
     min_recovery: float = 0.0
     trace: bool = False
@@ -108,6 +143,9 @@ class SparseConfig:
     untested: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.calibrate, str) and self.calibrate.startswith("host:"):
+            _deprecated('calibrate="host:M"', 'calibrate="layers:M"', 4)
+            object.__setattr__(self, "calibrate", "layers:" + self.calibrate.removeprefix("host:"))
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         for name in ("sink", "window"):
@@ -122,12 +160,14 @@ class SparseConfig:
             )
         if self.predictor not in PREDICTORS and not re.fullmatch("onnx:.+", self.predictor):
             raise ArgumentError(f"predictor is {shown(self.predictor)}; choose one of {', '.join(PREDICTORS)}, or onnx:NAME")
-        if self.predictor_on not in ("cpu", "cuda"):
-            raise ArgumentError(f"predictor_on is {shown(self.predictor_on)}; use 'cpu' or 'cuda'")
-        if not re.fullmatch(r"auto|summary|off|(dense|host):[1-9]\d{0,8}", self.calibrate, re.ASCII):
-            raise ArgumentError(f"calibrate is {shown(self.calibrate)}; use 'auto', 'summary', 'dense:M' or 'host:M' with M >= 1, or 'off'")
-        if self.budgets not in ("spread", "uniform"):
-            raise ArgumentError(f"budgets is {shown(self.budgets)}; use 'spread' or 'uniform'")
+        if self.predictor_device not in ("cpu", "cuda"):
+            raise ArgumentError(f"predictor_device is {shown(self.predictor_device)}; use 'cpu' or 'cuda'")
+        if not re.fullmatch(r"auto|summary|off|(dense|layers):[1-9]\d{0,8}", self.calibrate, re.ASCII):
+            raise ArgumentError(
+                f"calibrate is {shown(self.calibrate)}; use 'auto', 'summary', 'dense:M' or 'layers:M' with M >= 1, or 'off'"
+            )
+        if self.budget_allocation not in ("spread", "uniform"):
+            raise ArgumentError(f"budget_allocation is {shown(self.budget_allocation)}; use 'spread' or 'uniform'")
         if self.path not in ("auto", "host", "device"):
             raise ArgumentError(f"path is {shown(self.path)}; use 'auto', 'host' or 'device'")
         if self.device:
@@ -137,7 +177,7 @@ class SparseConfig:
                 raise ArgumentError(f"window is {self.window} tokens; with path='device' it must be at least {2 * BLOCK_TOKENS}")
             if self.calibrate == "summary":
                 raise ArgumentError(
-                    "calibrate='summary' is for path='host', where a step chooses for itself; use 'host:M', 'dense:M' or 'off'"
+                    "calibrate='summary' is for path='host', where a step chooses for itself; use 'layers:M', 'dense:M' or 'off'"
                 )
             if self.compression is not None or self.dense_layers:
                 name = "dense_layers" if self.compression is None else "compression"
@@ -172,5 +212,5 @@ class SparseConfig:
 
     @property
     def calibrate_every(self) -> int:
-        """M of ``dense:M`` and ``host:M``, else 0."""
+        """M of ``dense:M`` and ``layers:M``, else 0."""
         return int(self.calibrate.partition(":")[2] or 0)

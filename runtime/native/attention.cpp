@@ -123,7 +123,7 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
         return; // the step's result is thrown away
     }
     if (kv.summary) {
-        kvcast::choose_blocks(layer, kvcast::queries(q), dst->src[1], nth);
+        kvcast::select_blocks(layer, kvcast::queries(q), dst->src[1], nth);
     }
     while (true) {
         const int p = layer.next.fetch_add(1, std::memory_order_relaxed);

@@ -50,10 +50,10 @@ struct kvcast_summary {
     std::vector<int> n_done;       // [row] blocks summarised; 0: channels are not chosen either
 
     // the step, written by the caller: see kvcast.h
-    std::vector<int32_t> n_free;
+    std::vector<int32_t> n_topk;
     std::vector<float> weights;
-    int free_begin = 0;
-    int free_end = 0;
+    int topk_begin = 0;
+    int topk_end = 0;
     std::vector<int> pause;            // [row] steps from one choice to the next, less one
     std::vector<int> wait;             // [row] steps until the next choice
     std::vector<float> estimates;      // [row][cache blocks]
@@ -86,12 +86,12 @@ struct kvcast_layer {
     int64_t begin_us = 0;
 
     // choosing blocks: chunks of blocks of one KV head, chunk by chunk, head by head
-    std::vector<int> choosers; // heads that choose in this step
+    std::vector<int> selecting_heads; // heads that choose in this step
     std::atomic<int> next_chunk{0};
     std::unique_ptr<std::atomic<int>[]> chunks_done; // [n_head_kv]
     std::unique_ptr<std::atomic<bool>[]> chosen;     // [n_head_kv] the list is complete
-    std::atomic<int> heads_chosen{0};
-    int64_t choose_begin_us = 0;
+    std::atomic<int> heads_done{0};
+    int64_t select_begin_us = 0;
 };
 
 struct kvcast_context {
@@ -158,7 +158,7 @@ struct kvcast_context {
     // asked by the thread of llama_decode, between two nodes
     bool stops();
     // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
-    int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_free[row] : 0); }
+    int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_topk[row] : 0); }
 
     // what the kernels need to know of every block of a layer, for n_q packed queries
     kvcast::task task_of(const kvcast::rows & k, const float * q, const int32_t * q_pos, int n_q, float * work) const;
@@ -207,8 +207,8 @@ rows keys_of(const kvcast_context & kv, int layer, int head);
 rows head_rows(const ggml_tensor * t, int head);
 // queries [begin, end) of the group of a KV head, scaled: dst [(end - begin)*group][head_dim]
 void pack_queries(const queries & q, int head, int group, int begin, int end, float scale, float * dst);
-// Every KV head of a layer chooses its n_free blocks (summary.cpp). Called by all threads of the attention node; returns when
+// Every KV head of a layer chooses its n_topk blocks (summary.cpp). Called by all threads of the attention node; returns when
 // there is nothing left to take up: a head's list is complete when layer.chosen says so.
-void choose_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads);
+void select_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads);
 
 } // namespace kvcast

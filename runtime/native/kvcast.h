@@ -153,14 +153,14 @@ LLAMA_API int32_t * kvcast_blocks(struct kvcast_context * kv);   // [n_layer][n_
 LLAMA_API int32_t * kvcast_n_listed(struct kvcast_context * kv); // [n_layer][n_head_kv]
 
 // Blocks that the step itself chooses, only with params.summary: each row adds to its list, behind the listed ones, the
-// n_free blocks of [begin, end) that are not listed and have the largest weight * (attention estimated with the step's query).
+// n_topk blocks of [begin, end) that are not listed and have the largest weight * (attention estimated with the step's query).
 // The blocks of that range must be complete. NULL without a summary.
-LLAMA_API int32_t * kvcast_n_free(struct kvcast_context * kv); // [n_layer][n_head_kv]
+LLAMA_API int32_t * kvcast_n_topk(struct kvcast_context * kv); // [n_layer][n_head_kv]
 LLAMA_API float * kvcast_weights(struct kvcast_context * kv);  // [n_layer][n_head_kv][n_blocks]
-LLAMA_API void kvcast_set_free_range(struct kvcast_context * kv, int32_t begin, int32_t end);
-// Makes every row choose in the next step. It must be called when lists, n_free or the range were changed; otherwise rows
+LLAMA_API void kvcast_set_topk_range(struct kvcast_context * kv, int32_t begin, int32_t end);
+// Makes every row choose in the next step. It must be called when lists, n_topk or the range were changed; otherwise rows
 // whose choice hardly changes choose again only at every second, then at every fourth step, and keep it in between.
-LLAMA_API void kvcast_choose_anew(struct kvcast_context * kv);
+LLAMA_API void kvcast_reselect(struct kvcast_context * kv);
 // Which channels the summary keeps, from the store and the queries of the last history batch; before its first use, and
 // again when the content has changed much. Costs a pass over 64 blocks of every layer; the keys themselves are summarised in the steps.
 LLAMA_API void kvcast_prepare_summary(struct kvcast_context * kv);

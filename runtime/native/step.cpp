@@ -83,19 +83,19 @@ bool kvcast_context::check_lists(int32_t new_block) {
     }
     if (summary) {
         const auto & s = *summary;
-        const int n_range = s.free_end - s.free_begin;
-        for (size_t row = 0; row < s.n_free.size(); ++row) {
-            if (s.n_free[row] == 0) {
+        const int n_range = s.topk_end - s.topk_begin;
+        for (size_t row = 0; row < s.n_topk.size(); ++row) {
+            if (s.n_topk[row] == 0) {
                 continue;
             }
             int n_inside = 0;
             for (int i = 0; i < n_listed[row]; ++i) {
-                n_inside += blocks[row * info.n_blocks + i] >= s.free_begin && blocks[row * info.n_blocks + i] < s.free_end;
+                n_inside += blocks[row * info.n_blocks + i] >= s.topk_begin && blocks[row * info.n_blocks + i] < s.topk_end;
             }
-            if (s.free_begin < 0 || s.free_end >= n_used_blocks || s.n_free[row] < 0 || s.n_free[row] > n_range - n_inside) {
+            if (s.topk_begin < 0 || s.topk_end >= n_used_blocks || s.n_topk[row] < 0 || s.n_topk[row] > n_range - n_inside) {
                 fail("layer " + std::to_string(model_layers[row / info.n_head_kv]) + ", KV head " + std::to_string(row % info.n_head_kv) +
-                        " cannot choose " + std::to_string(s.n_free[row]) + " blocks of [" + std::to_string(s.free_begin) + ", " +
-                        std::to_string(s.free_end) + ")");
+                        " cannot choose " + std::to_string(s.n_topk[row]) + " blocks of [" + std::to_string(s.topk_begin) + ", " +
+                        std::to_string(s.topk_end) + ")");
                 return false;
             }
         }
@@ -116,13 +116,13 @@ void kvcast_context::plan_sparse() {
         }
         const int size = std::clamp(total / (4 * n_threads), 4, 64);
         layer->parts.clear();
-        layer->choosers.clear();
+        layer->selecting_heads.clear();
         for (int h = 0; h < info.n_head_kv; ++h) {
             const size_t row = (size_t) layer->id * info.n_head_kv + h;
-            const bool chooses = summary && summary->n_free[row] > 0 && summary->wait[row] == 0;
+            const bool chooses = summary && summary->n_topk[row] > 0 && summary->wait[row] == 0;
             layer->chosen[h] = !chooses;
             if (chooses) {
-                layer->choosers.push_back(h);
+                layer->selecting_heads.push_back(h);
             } else if (summary && summary->wait[row] > 0) {
                 summary->wait[row]--;
             }
@@ -189,7 +189,7 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
         layer->next = 0;
         layer->n_done = 0;
         layer->next_chunk = 0;
-        layer->heads_chosen = 0;
+        layer->heads_done = 0;
         for (int h = 0; h < info.n_head_kv; ++h) {
             layer->parts_done[h] = 0;
             layer->chunks_done[h] = 0;

@@ -123,40 +123,40 @@ void estimate(const kvcast_layer & layer, const kvcast::queries & q, const kvcas
     kv.kernels->estimate(t);
 }
 
-// appends the best n_free blocks of the range to the list, ascending
+// appends the best n_topk blocks of the range to the list, ascending
 void choose(kvcast_context & kv, size_t row) {
     auto & s = *kv.summary;
     int32_t * list = &kv.blocks[row * kv.info.n_blocks];
     const float * estimate = &s.estimates[row * kv.info.n_blocks];
     const float * weight = &s.weights[row * kv.info.n_blocks];
     const int n_listed = kv.n_listed[row];
-    const int n_free = s.n_free[row];
+    const int n_topk = s.n_topk[row];
 
     static thread_local std::vector<float> value, sorted;
-    value.resize(s.free_end - s.free_begin);
+    value.resize(s.topk_end - s.topk_begin);
     float all = 0;
-    for (int b = s.free_begin; b < s.free_end; ++b) {
+    for (int b = s.topk_begin; b < s.topk_end; ++b) {
         const float v = estimate[b] * weight[b];
-        value[b - s.free_begin] = v >= 0 ? v : 0; // nan too
+        value[b - s.topk_begin] = v >= 0 ? v : 0; // nan too
         all += estimate[b];
     }
     float rest = all, chosen = 0;
     for (int i = 0; i < n_listed; ++i) {
-        if (list[i] >= s.free_begin && list[i] < s.free_end) {
-            value[list[i] - s.free_begin] = -1;
+        if (list[i] >= s.topk_begin && list[i] < s.topk_end) {
+            value[list[i] - s.topk_begin] = -1;
             rest -= estimate[list[i]];
         }
     }
     sorted = value;
-    std::nth_element(sorted.begin(), sorted.begin() + (n_free - 1), sorted.end(), std::greater<>());
-    const float threshold = sorted[n_free - 1];
-    int n_equal = n_free - (int) std::count_if(sorted.begin(), sorted.begin() + n_free, [&](float v) { return v > threshold; });
+    std::nth_element(sorted.begin(), sorted.begin() + (n_topk - 1), sorted.end(), std::greater<>());
+    const float threshold = sorted[n_topk - 1];
+    int n_equal = n_topk - (int) std::count_if(sorted.begin(), sorted.begin() + n_topk, [&](float v) { return v > threshold; });
     static thread_local std::vector<int32_t> before;
-    before.assign(list + n_listed, list + n_listed + n_free);
+    before.assign(list + n_listed, list + n_listed + n_topk);
     int n = n_listed, n_new = 0;
     size_t p = 0;
-    for (int b = s.free_begin; b < s.free_end; ++b) {
-        const float v = value[b - s.free_begin];
+    for (int b = s.topk_begin; b < s.topk_end; ++b) {
+        const float v = value[b - s.topk_begin];
         if (v > threshold || (v == threshold && n_equal-- > 0)) {
             list[n++] = b;
             chosen += estimate[b];
@@ -166,7 +166,7 @@ void choose(kvcast_context & kv, size_t row) {
             n_new += p == before.size() || before[p] != b;
         }
     }
-    if (n_new * STEADY >= n_free) {
+    if (n_new * STEADY >= n_topk) {
         s.pause[row] = 0;
     } else {
         s.pause[row] = std::min(2 * s.pause[row] + 1, PAUSE_MAX);
@@ -212,26 +212,26 @@ void pack_queries(const queries & q, int head, int group, int begin, int end, fl
     }
 }
 
-void choose_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads) {
+void select_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads) {
     auto & kv = *layer.kv;
     auto & s = *kv.summary;
     const auto & info = kv.info;
     // blocks of one head that one thread estimates at a time, a multiple of 16: some chunks for each thread, but not small ones
-    const int chunk = std::clamp(s.free_end * info.n_head_kv / (3 * n_threads) + 15, 128, 1024) / 16 * 16;
-    const int n_chunks = (s.free_end + chunk - 1) / chunk;
+    const int chunk = std::clamp(s.topk_end * info.n_head_kv / (3 * n_threads) + 15, 128, 1024) / 16 * 16;
+    const int n_chunks = (s.topk_end + chunk - 1) / chunk;
 
     while (true) {
         const int p = layer.next_chunk.fetch_add(1, std::memory_order_relaxed);
-        if (p >= n_chunks * (int) layer.choosers.size()) {
+        if (p >= n_chunks * (int) layer.selecting_heads.size()) {
             return;
         }
         if (p == 0) {
-            layer.choose_begin_us = ggml_time_us();
+            layer.select_begin_us = ggml_time_us();
         }
-        const int head = layer.choosers[p / n_chunks];
+        const int head = layer.selecting_heads[p / n_chunks];
         const size_t row = (size_t) layer.id * info.n_head_kv + head;
         const int begin = p % n_chunks * chunk;
-        const int end = std::min(begin + chunk, s.free_end);
+        const int end = std::min(begin + chunk, s.topk_end);
 
         const rows keys = head_rows(k, head);
         for (int b = std::max(begin, s.n_done[row]); b < end; ++b) {
@@ -240,12 +240,12 @@ void choose_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * 
         estimate(layer, q, keys, head, begin, end, &s.estimates[row * info.n_blocks]);
 
         if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
-            s.n_done[row] = std::max(s.n_done[row], s.free_end);
+            s.n_done[row] = std::max(s.n_done[row], s.topk_end);
             choose(kv, row);
             layer.chosen[head].store(true, std::memory_order_release);
-            if (layer.heads_chosen.fetch_add(1, std::memory_order_acq_rel) + 1 == (int) layer.choosers.size()) {
-                kv.stats.choose_us += ggml_time_us() - layer.choose_begin_us;
-                kv.stats.summary_bytes_read += (int64_t) layer.choosers.size() * s.free_end * (s.n_probed * KVCAST_BLOCK + info.head_dim_k);
+            if (layer.heads_done.fetch_add(1, std::memory_order_acq_rel) + 1 == (int) layer.selecting_heads.size()) {
+                kv.stats.choose_us += ggml_time_us() - layer.select_begin_us;
+                kv.stats.summary_bytes_read += (int64_t) layer.selecting_heads.size() * s.topk_end * (s.n_probed * KVCAST_BLOCK + info.head_dim_k);
             }
         }
     }
@@ -269,7 +269,7 @@ void kvcast_context::note_queries(int layer, const ggml_tensor * q) {
 void kvcast_context::estimate_shares(int layer) {
     for (int head = 0; head < info.n_head_kv; ++head) {
         const size_t row = (size_t) layer * info.n_head_kv + head;
-        if (summary->n_free[row] == 0) {
+        if (summary->n_topk[row] == 0) {
             continue;
         }
         // the estimates are measured by what the chosen blocks then really got
@@ -409,19 +409,19 @@ bool kvcast_set_summary_state(kvcast_context * kv, const uint8_t * src, int64_t 
     return true;
 }
 
-int32_t * kvcast_n_free(kvcast_context * kv) { return kv->summary ? kv->summary->n_free.data() : nullptr; }
+int32_t * kvcast_n_topk(kvcast_context * kv) { return kv->summary ? kv->summary->n_topk.data() : nullptr; }
 float * kvcast_weights(kvcast_context * kv) { return kv->summary ? kv->summary->weights.data() : nullptr; }
 const float * kvcast_estimates(const kvcast_context * kv) { return kv->summary ? kv->summary->estimates.data() : nullptr; }
 float * kvcast_shares(kvcast_context * kv) { return kv->summary ? kv->summary->shares.data() : nullptr; }
 
-void kvcast_set_free_range(kvcast_context * kv, int32_t begin, int32_t end) {
+void kvcast_set_topk_range(kvcast_context * kv, int32_t begin, int32_t end) {
     if (kv->summary) {
-        kv->summary->free_begin = begin;
-        kv->summary->free_end = end;
+        kv->summary->topk_begin = begin;
+        kv->summary->topk_end = end;
     }
 }
 
-void kvcast_choose_anew(kvcast_context * kv) {
+void kvcast_reselect(kvcast_context * kv) {
     if (kv->summary) {
         std::fill(kv->summary->pause.begin(), kv->summary->pause.end(), 0);
         std::fill(kv->summary->wait.begin(), kv->summary->wait.end(), 0);

@@ -40,14 +40,14 @@ SETTINGS = [
     *(("min_recovery", value) for value in (math.nan, 1, 1.0, -0.1, "0.5", None, True)),
     *(
         (name, value)
-        for name in ("predictor", "predictor_on", "calibrate", "budgets", "path")
+        for name in ("predictor", "predictor_device", "calibrate", "budget_allocation", "path")
         for value in (None, 3, b"auto", "", "x" * 9999)
     ),
     ("predictor", "onnx:"),
     ("predictor", "onnx:a\nb"),
     ("calibrate", "dense:0"),
     ("calibrate", "dense:٣"),
-    ("calibrate", "host:" + "9" * 30),
+    ("calibrate", "layers:" + "9" * 30),
     *((name, value) for name in ("trace", "prefetch", "untested") for value in ("no", 2, None, 0.0)),
 ]
 

@@ -93,7 +93,7 @@ def test_staged_blocks_are_those_of_the_store(small, kind):
 @pytest.mark.parametrize("kinds", [(1, 1), (8, 8), (2, 8), (1, 2)], ids=["f16", "q8_0", "q4_0-q8_0", "f16-q4_0"])
 @pytest.mark.parametrize("budgets", ["spread", "uniform"])
 def test_the_pool_holds_what_its_table_says(small, code, kinds, budgets):
-    config = SparseConfig(budget=512, path="device", budgets=budgets, hold=3)
+    config = SparseConfig(budget=512, path="device", budget_allocation=budgets, hold=3)
     llm = Llama(small, n_ctx=2048, sparse=config, type_k=kinds[0], type_v=kinds[1], n_threads=2, n_threads_batch=2, verbose=False)
     run(llm, llm.tokenize(code.encode()), 1400, 40)
     slots = llm.session.path.pool.n_slots
@@ -124,7 +124,7 @@ def test_from_a_short_context_past_the_budget(make, code):
     dense.close()
 
 
-@pytest.mark.parametrize("calibrate", ["off", "dense:5", "host:4"])
+@pytest.mark.parametrize("calibrate", ["off", "dense:5", "layers:4"])
 @pytest.mark.parametrize("predictor", ["ema", "window", "oracle", "onnx:stream"])
 def test_every_calibration_and_predictor(make, code, calibrate, predictor):
     llm = make(calibrate=calibrate, predictor=predictor, hold=2)
@@ -143,7 +143,7 @@ def test_predictors_of_all_rows_at_once(make, code, predictor):
 def test_threads_that_select_change_nothing(make, code, monkeypatch, on_gpu):
     logits = []
     for n_helpers in (0, 3):
-        llm = make(hold=4, calibrate="host:4")
+        llm = make(hold=4, calibrate="layers:4")
         monkeypatch.setattr(llm.session.predictor, "on_gpu", on_gpu)
         if n_helpers:
             monkeypatch.setattr(device, "PART_MIN", 1)
@@ -162,7 +162,7 @@ def test_a_new_plan_takes_the_last_scores_in_first(make, code):
         run(llm, tokens, 1000, 6)
         if at_once:
             llm.session.take_in()
-        llm.session.configure(SparseConfig(budget=256, path="device", hold=4, budgets="uniform"))
+        llm.session.configure(SparseConfig(budget=256, path="device", hold=4, budget_allocation="uniform"))
         for token in tokens[1006:1012]:
             llm.eval([token])
         logits.append(logits_of(llm))
@@ -171,7 +171,7 @@ def test_a_new_plan_takes_the_last_scores_in_first(make, code):
 
 @pytest.mark.sanitize
 def test_host_calibration_is_exact(make, code):
-    llm = make(calibrate="host:1", trace=True)
+    llm = make(calibrate="layers:1", trace=True)
     run(llm, llm.tokenize(code.encode()), 1000, 1)
     scores = np.zeros((3, llm.session.attached.info.n_blocks), np.float32)
     for layer in (0, 2, 3):

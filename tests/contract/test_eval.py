@@ -69,7 +69,7 @@ def test_a_limit_that_is_too_small_is_named(sentences):
 
 def test_selectors_by_name():
     made = selectors.selector("default+min_recovery=0.9+hold=4+budgets=uniform", 512)
-    assert made.config == SparseConfig(512, min_recovery=0.9, hold=4, budgets="uniform") and not made.evicts
+    assert made.config == SparseConfig(512, min_recovery=0.9, hold=4, budget_allocation="uniform") and not made.evicts
     assert selectors.selector("h2o", 512).evicts and selectors.selector("dense", 512).config is None
     for name, what in (("nothing", "no selector 'nothing'"), ("default+hold", "SETTING=VALUE"), ("default+hold=x", "not a number")):
         with pytest.raises(ValueError, match=what):

@@ -89,7 +89,7 @@ def test_calibration_attends_to_everything_at_its_interval(make, code):
 
 
 def test_host_calibration_takes_the_layers_in_turn(make, code):
-    llm = make(calibrate="host:2", budgets="uniform")
+    llm = make(calibrate="layers:2", budget_allocation="uniform")
     tokens = llm.tokenize(code.encode())
     full = []
 
@@ -105,7 +105,7 @@ def test_host_calibration_takes_the_layers_in_turn(make, code):
 
 
 def test_spread_keeps_the_total(make, code):
-    llm = make(budgets="spread", calibrate="off", budget=320)
+    llm = make(budget_allocation="spread", calibrate="off", budget=320)
     tokens = llm.tokenize(code.encode())
     run(llm, tokens, 1200, 1)
     assert llm.session.path.n_listed.sum() == 20 * llm.session.n_rows

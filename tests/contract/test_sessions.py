@@ -25,7 +25,7 @@ CASES = {  # and the guard's margin, for the one that saves and for the one that
     "host, not fallen back": (HOST, 0, 9),
     "host, calibrated": (SparseConfig(budget=160, calibrate="dense:7"), 0, 0),
     "host, all steps kept": (SparseConfig(budget=160, predictor="onnx:paper", hold=2), 0, 0),
-    "device": (SparseConfig(budget=256, path="device", calibrate="host:4"), 0, 0),
+    "device": (SparseConfig(budget=256, path="device", calibrate="layers:4"), 0, 0),
 }
 
 

@@ -41,17 +41,17 @@ def test_choice_against_numpy(name, kind, request, code, kernels):
         begin, end = 2, n_used - 2
         attached.blocks[..., : len(listed)] = listed
         attached.n_listed[:] = len(listed)
-        attached.n_free[:] = rng.integers(0, 20, attached.n_free.shape)
-        attached.n_free[1] = 0
+        attached.n_topk[:] = rng.integers(0, 20, attached.n_topk.shape)
+        attached.n_topk[1] = 0
         attached.weights[:] = rng.random(attached.weights.shape) + 0.1
-        attached.set_free_range(begin, end)
-        attached.choose_anew()
+        attached.set_topk_range(begin, end)
+        attached.reselect()
         llm.eval([tokens[position]])
         lists = {}
         for layer in range(info.n_layer):
             k = rows_as_float(attached.rows(layer)[0], kind, info.n_head_kv)
             for head in range(info.n_head_kv):
-                n = attached.n_free[layer, head]
+                n = attached.n_topk[layer, head]
                 got = attached.blocks[layer, head, : len(listed) + n]
                 lists[layer, head] = got
                 assert got[: len(listed)].tolist() == listed.tolist() and len(set(got.tolist())) == len(got)
@@ -86,8 +86,8 @@ def test_choice_against_numpy(name, kind, request, code, kernels):
 def test_steady_rows_pause_and_keep_their_choice(small, code, n_threads):
     llm, attached, tokens, _ = attach(small, code, F16, n_threads)
     attached.blocks[..., :2] = [0, 62]
-    attached.n_listed[:], attached.n_free[:] = 2, 5
-    attached.set_free_range(1, 60)
+    attached.n_listed[:], attached.n_topk[:] = 2, 5
+    attached.set_topk_range(1, 60)
     attached.weights[:] = 1
     attached.weights[::2, :, 10:15] = 1e30  # these rows always choose the same
     chosen = []
@@ -101,7 +101,7 @@ def test_steady_rows_pause_and_keep_their_choice(small, code, n_threads):
         assert estimated[1::2].any(), i  # among the other rows some never are steady
         assert (chosen[-1][::2] == np.arange(10, 15)).all()
     assert (chosen[0][1::2] != chosen[-1][1::2]).any()
-    attached.choose_anew()
+    attached.reselect()
     before = attached.estimates.copy()
     llm.eval([tokens[N + 6]])
     assert (attached.estimates[..., 1:60] != before[..., 1:60]).any(-1).all()
@@ -118,7 +118,7 @@ def test_an_impossible_choice_stops_the_step(small, code):
 
     def spoil(*arguments):
         place(*arguments)
-        llm.session.attached.n_free[2, 1] = 40
+        llm.session.attached.n_topk[2, 1] = 40
 
     llm.session.path._place = spoil
     with pytest.raises(GenerationError, match="layer 2, KV head 1 cannot choose 40 blocks"):

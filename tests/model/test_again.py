@@ -15,12 +15,12 @@ CONFIGS = {
     "host": {"budget": 256},
     "host, ema, a poor step": {"budget": 256, "predictor": "ema", "min_recovery": 0.97},
     "host, calibrated": {"budget": 256, "predictor": "last", "calibrate": "dense:3"},
-    "host, layers calibrated": {"budget": 256, "predictor": "ema", "calibrate": "host:2"},
+    "host, layers calibrated": {"budget": 256, "predictor": "ema", "calibrate": "layers:2"},
     "host, steps kept": {"budget": 256, "predictor": "onnx:paper", "hold": 2},
     "host, h2o": {"budget": 256, "predictor": "h2o", "hold": 1},
     "host, oracle": {"budget": 256, "predictor": "oracle", "hold": 1},
     "device": {"budget": 256, "path": "device", "hold": 2},
-    "device, calibrated": {"budget": 256, "path": "device", "predictor": "ema", "hold": 2, "calibrate": "host:2"},
+    "device, calibrated": {"budget": 256, "path": "device", "predictor": "ema", "hold": 2, "calibrate": "layers:2"},
     "device, steps kept": {"budget": 256, "path": "device", "predictor": "onnx:paper", "hold": 3},
 }
 

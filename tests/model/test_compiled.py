@@ -36,7 +36,7 @@ print(late)
 @pytest.mark.parametrize(
     "settings",
     [*itertools.product(("path=host", "path=device"), ("predictor=auto", "predictor=ema", "predictor=window")),
-     ("calibrate=off",), ("calibrate=host:4",), ("path=device", "calibrate=dense:4"), ("path=device", "calibrate=host:4")],
+     ("calibrate=off",), ("calibrate=layers:4",), ("path=device", "calibrate=dense:4"), ("path=device", "calibrate=layers:4")],
     ids=" ".join,
 )  # fmt: skip
 def test_no_kernel_is_compiled_in_a_step(settings, tmp_path):

@@ -25,9 +25,9 @@ PATHS = {
     "dense": None,
     "host": SparseConfig(budget=1024, **ALL),
     "device": SparseConfig(budget=1024, path="device", **ALL),
-    "device, small": SparseConfig(budget=256, path="device", **ALL, calibrate="host:2"),
+    "device, small": SparseConfig(budget=256, path="device", **ALL, calibrate="layers:2"),
     "host, small": SparseConfig(budget=128, **ALL),
-    "host, layers calibrated": SparseConfig(budget=128, **ALL, calibrate="host:2"),
+    "host, layers calibrated": SparseConfig(budget=128, **ALL, calibrate="layers:2"),
     "host, calibrated": SparseConfig(budget=128, **ALL, calibrate="dense:2", min_recovery=0.9),
 }
 SPARSE = [path for path in PATHS if path != "dense"]

@@ -92,11 +92,11 @@ void host_path(llama_model * model) {
                 s.blocks(row)[1 + i] = n_used - N_WINDOW + i;
             }
             kvcast_n_listed(s.kv)[row] = 1 + N_WINDOW;
-            kvcast_n_free(s.kv)[row] = 4 + row % 8;
+            kvcast_n_topk(s.kv)[row] = 4 + row % 8;
         }
-        kvcast_set_free_range(s.kv, 1, n_used - N_WINDOW);
+        kvcast_set_topk_range(s.kv, 1, n_used - N_WINDOW);
         if (step % 3 == 0) {
-            kvcast_choose_anew(s.kv);
+            kvcast_reselect(s.kv);
         }
         std::thread other;
         if (step % 8 == 7) {

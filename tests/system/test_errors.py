@@ -50,7 +50,7 @@ def test_budget_below_sink_and_window():
 @pytest.mark.parametrize(
     "wrong",
     [{"sink": 20}, {"window": 0}, {"hold": 0}, {"predictor": "magic"}, {"calibrate": "often"}, {"calibrate": "dense:0"},
-     {"budget": 512.5}, {"compression": 0.5}, {"budgets": "even"}, {"path": "moon"},
+     {"budget": 512.5}, {"compression": 0.5}, {"budget_allocation": "even"}, {"path": "moon"},
      {"budget": 400, "path": "device"}, {"compression": 8.0, "path": "device"},
      {"calibrate": "summary", "path": "device"}],
     ids=str,

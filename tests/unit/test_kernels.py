@@ -58,17 +58,17 @@ def test_select(n_rows, n_used, n_budget, budgets, how):
 @pytest.mark.parametrize(("n_rows", "n_used"), SHAPES)
 @pytest.mark.parametrize("n_budget", [9, 12, 30, 200])
 @pytest.mark.parametrize("budgets", ["uniform", "spread"])
-def test_select_free(n_rows, n_used, n_budget, budgets, how):
+def test_select_candidates(n_rows, n_used, n_budget, budgets, how):
     scores = np.random.default_rng(7).random((n_rows, n_used + 7)).astype(np.float32)
-    blocks, n_listed, n_free = np.zeros((n_rows, n_used + 9), np.int32), np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int32)
+    blocks, n_listed, n_topk = np.zeros((n_rows, n_used + 9), np.int32), np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int32)
     weights = np.full((n_rows, n_used), -1, np.float32)
-    begin, end = selection.select_free(scores, n_used, n_budget, 4, 4, blocks, n_listed, n_free, weights, budgets)
+    begin, end = selection.select_candidates(scores, n_used, n_budget, 4, 4, blocks, n_listed, n_topk, weights, budgets)
     if n_budget >= n_used:
-        assert (begin, end) == (0, 0) and not n_free.any() and lists(blocks, n_listed) == [list(range(n_used))] * n_rows
+        assert (begin, end) == (0, 0) and not n_topk.any() and lists(blocks, n_listed) == [list(range(n_used))] * n_rows
         return
     assert lists(blocks, n_listed) == [[*range(4), *range(max(4, n_used - 4), n_used)]] * n_rows
-    assert n_free.tolist() == [len(e) - 8 for e in naive.select(scores, n_used, n_budget, 4, 4, budgets)]
-    assert n_free.sum() == n_rows * min(n_budget - 8, end - begin)
+    assert n_topk.tolist() == [len(e) - 8 for e in naive.select(scores, n_used, n_budget, 4, 4, budgets)]
+    assert n_topk.sum() == n_rows * min(n_budget - 8, end - begin)
     np.testing.assert_allclose(weights[:, begin:end], np.sqrt(np.maximum(scores[:, begin:end], 0) + 1e-6), rtol=1e-5)
 
 

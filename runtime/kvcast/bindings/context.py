@@ -23,7 +23,6 @@ from .api import (
     kvcast_attach,
     kvcast_blocks,
     kvcast_check_summary_state,
-    kvcast_choose_anew,
     kvcast_clear_abort,
     kvcast_collect,
     kvcast_detach,
@@ -39,8 +38,8 @@ from .api import (
     kvcast_last_error,
     kvcast_lse,
     kvcast_model_layers,
-    kvcast_n_free,
     kvcast_n_listed,
+    kvcast_n_topk,
     kvcast_params,
     kvcast_pool_info,
     kvcast_pool_plan,
@@ -48,13 +47,14 @@ from .api import (
     kvcast_pool_upload,
     kvcast_pool_verify,
     kvcast_prepare_summary,
+    kvcast_reselect,
     kvcast_reset_stats,
     kvcast_score_store,
     kvcast_scores,
     kvcast_set_attention_callback,
-    kvcast_set_free_range,
     kvcast_set_mode,
     kvcast_set_summary_state,
+    kvcast_set_topk_range,
     kvcast_set_watch,
     kvcast_shares,
     kvcast_staging,
@@ -109,7 +109,7 @@ class NativeContext:
     blocks : int32, shape (n_layer, n_head_kv, n_blocks)
         Block lists of the next sparse steps; ids ascending, the first ``n_listed`` count.
     n_listed : int32, shape (n_layer, n_head_kv)
-    n_free : int32, shape (n_layer, n_head_kv)
+    n_topk : int32, shape (n_layer, n_head_kv)
         Blocks that a step chooses itself and appends to the list (always 0 without a summary).
     weights : float32, shape (n_layer, n_head_kv, n_blocks), or None
         The step chooses by weight times estimated attention.
@@ -152,7 +152,7 @@ class NativeContext:
         self.layers = view(kvcast_model_layers(kv), info.n_layer)
         self.blocks = view(kvcast_blocks(kv), (*rows, info.n_blocks))
         self.n_listed = view(kvcast_n_listed(kv), rows)
-        self.n_free = view(kvcast_n_free(kv), rows) if summary else np.zeros(rows, np.int32)
+        self.n_topk = view(kvcast_n_topk(kv), rows) if summary else np.zeros(rows, np.int32)
         self.weights = view(kvcast_weights(kv), (*rows, info.n_blocks))
         self.estimates = view(kvcast_estimates(kv), (*rows, info.n_blocks))
         self.shares = view(kvcast_shares(kv), rows) if summary else np.ones(rows, np.float32)
@@ -219,13 +219,13 @@ class NativeContext:
         state = np.ascontiguousarray(state)
         return kvcast_check_summary_state(self._kv, state.ctypes.data, len(state))
 
-    def choose_anew(self) -> None:
-        """Let every row choose in the next step: when lists, ``n_free`` or the range were changed. Else steady rows pause."""
-        kvcast_choose_anew(self._kv)
+    def reselect(self) -> None:
+        """Let every row choose in the next step: when lists, ``n_topk`` or the range were changed. Else steady rows pause."""
+        kvcast_reselect(self._kv)
 
-    def set_free_range(self, begin: int, end: int) -> None:
+    def set_topk_range(self, begin: int, end: int) -> None:
         """The blocks that the next steps may choose from, all of them complete."""
-        kvcast_set_free_range(self._kv, begin, end)
+        kvcast_set_topk_range(self._kv, begin, end)
 
     def plan_pool(self, n_slots: npt.NDArray[np.int32], n_sink: int, n_window: int) -> None:
         """Give every layer its slots per KV head: multiples of 16. Empties the table.

@@ -27,7 +27,7 @@ def bench(
     predictor: Predictor = DEFAULT.predictor,
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
-    budgets: Budgets = DEFAULT.budgets,
+    budgets: Budgets = DEFAULT.budget_allocation,
     path: Annotated[str, typer.Option(help="host or device; host,device: both, side by side.")] = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",

@@ -12,7 +12,7 @@ from ..config import SparseConfig
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvcast models` or a path to a .gguf file.")]
 Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
 Predictor = Annotated[str, typer.Option(help="auto, ema, last, window, onnx:NAME; oracle, quest for evaluation.")]
-Calibrate = Annotated[str, typer.Option(help="auto, summary, dense:M, host:M or off.")]
+Calibrate = Annotated[str, typer.Option(help="auto, summary, dense:M, layers:M or off.")]
 Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
 Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")]
 Where = Annotated[str, typer.Option(help="host: attend beside the store; device: from a pool on the device, prefetched.")]
@@ -27,7 +27,7 @@ DEFAULT = SparseConfig()
 
 def sparse_config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested) -> SparseConfig:
     return SparseConfig(
-        budget, None, predictor, hold=hold, calibrate=calibrate, budgets=budgets, path=path, prefetch=prefetch, untested=untested
+        budget, None, predictor, hold=hold, calibrate=calibrate, budget_allocation=budgets, path=path, prefetch=prefetch, untested=untested
     )
 
 

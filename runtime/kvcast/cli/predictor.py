@@ -238,7 +238,7 @@ def evaluate(
     budget: Annotated[list[int] | None, typer.Option(help="Repeatable.")] = None,
     predictors: Annotated[str, typer.Option(help="Comma-separated.")] = "window,last,ema,quest,onnx:paper,onnx:stream,oracle",
     budgets: Annotated[str, typer.Option(help="Comma-separated: spread, uniform.")] = "spread",
-    calibrate: Annotated[str, typer.Option(help="Comma-separated: auto, summary, dense:M, host:M, off.")] = "auto",
+    calibrate: Annotated[str, typer.Option(help="Comma-separated: auto, summary, dense:M, layers:M, off.")] = "auto",
     hold: Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")] = None,
     where: Annotated[str, typer.Option("--path", help="host or device.")] = "host",
     threads: Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")] = None,
@@ -251,7 +251,7 @@ def evaluate(
     from .console import fetched
 
     configs = [
-        SparseConfig(budget=b, predictor=p, budgets=spread, calibrate=c, hold=hold, path=where)
+        SparseConfig(budget=b, predictor=p, budget_allocation=spread, calibrate=c, hold=hold, path=where)
         for b in budget or [512]
         for spread in budgets.split(",")
         for c in calibrate.split(",")

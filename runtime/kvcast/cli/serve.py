@@ -45,7 +45,7 @@ def serve(
     predictor: Predictor = DEFAULT.predictor,
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
-    budgets: Budgets = DEFAULT.budgets,
+    budgets: Budgets = DEFAULT.budget_allocation,
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,

@@ -11,7 +11,7 @@ from ..bindings import api as native
 from ..bindings.context import NativeContext
 from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
-from ..sparse.selection import append_block, list_all, select, select_free
+from ..sparse.selection import append_block, list_all, select, select_candidates
 from .lists import Lists
 from .path import AttentionPath, Step, StepResult
 
@@ -35,7 +35,7 @@ class HostPath(AttentionPath):
 
     def __init__(self, ctx: int, config: SparseConfig, n_taps: int, trace: int):
         super().__init__(NativeContext(ctx, n_taps, trace, config.keeps_summary))
-        self._lists = Lists(self.blocks, self.n_listed, self.n_free, self.shares, self.weights)
+        self._lists = Lists(self.blocks, self.n_listed, self.n_topk, self.shares, self.weights)
         self._next = self._lists.map(lambda x: np.empty((0, *x.shape[1:]), x.dtype))  # what is selected beside a step
         self._next_n_used = 0  # blocks in use that it was made for; 0: there is none
         self._age: int | None = None  # steps since the last selection; None: select before the next step
@@ -43,9 +43,9 @@ class HostPath(AttentionPath):
         self._widened: tuple[np.ndarray, ...] | None = None  # the lists of the rows that calibrate in this step
 
     @property
-    def free_range(self) -> tuple[int, int]:
+    def topk_range(self) -> tuple[int, int]:
         """The blocks that the current lists let steps choose from; (0, 0): none."""
-        return self._lists.free_range
+        return self._lists.topk_range
 
     def _warm_up(self) -> None:
         self.history.observe_listed(self.blocks[:0], self.n_listed[:0], self.scores[:0], self.shares[:0])
@@ -59,7 +59,7 @@ class HostPath(AttentionPath):
             some = self._lists.map(operator.itemgetter(few))
             for summary in (False, self.policy.config.summary):
                 self._fill(some, scores, n, min(3, n), 1, 1, summary)
-        self.n_listed[:2] = self.n_free[:2] = 0
+        self.n_listed[:2] = self.n_topk[:2] = 0
         self.history.epoch += 1  # what a predictor has kept of this is void
 
     def check(self, config: SparseConfig) -> None:
@@ -74,19 +74,19 @@ class HostPath(AttentionPath):
         everything = poor
         self._narrow()
         if not frozen and every and config.budget_blocks(n_tokens) < n_used:
-            some_layers = config.calibrate.startswith("host")
+            some_layers = config.calibrate.startswith("layers")
             everything |= not some_layers and n_since >= every
         if some_layers or not everything:
             self._place(n_tokens, n_used)
         if everything:
             list_all(n_used, self.blocks, self.n_listed)
-            self.n_free[:] = 0
+            self.n_topk[:] = 0
             self.shares[:] = 1.0
             self.drop()
         elif some_layers:
             self._widen(n_used, n_since % every, every)
         self._n_known = n_used
-        self.n_attended = self.n_listed + self.n_free
+        self.n_attended = self.n_listed + self.n_topk
         return Step(n_tokens, n_used, native.SPARSE, everything, last)
 
     def finish(self, step: Step) -> StepResult:
@@ -99,7 +99,7 @@ class HostPath(AttentionPath):
 
     def clear(self) -> None:
         self._widened = None
-        self.blocks[:], self.n_listed[:], self.n_free[:], self.shares[:] = 0, 0, 0, 1
+        self.blocks[:], self.n_listed[:], self.n_topk[:], self.shares[:] = 0, 0, 0, 1
 
     # ---- inside
 
@@ -112,10 +112,10 @@ class HostPath(AttentionPath):
         if self._age is None or (self._age >= steps_held and not frozen):
             self._renew(n_tokens, n_used)
             self._age = 0
-            self.attached.choose_anew()
+            self.attached.reselect()
         elif n_used > self._n_known:
             append_block(n_used - 1, self.blocks, self.n_listed)
-            self.attached.choose_anew()
+            self.attached.reselect()
         self._age += 1
         if self._age == steps_held and not frozen and self.n_rows * n_used >= OVERLAP_MIN:
             self._select_beside(n_tokens)
@@ -126,7 +126,7 @@ class HostPath(AttentionPath):
             self._lists.copy(self._next)
         else:
             self._select(n_tokens, n_used, self._lists)
-        self.attached.set_free_range(*self._lists.free_range)
+        self.attached.set_topk_range(*self._lists.topk_range)
         self._next_n_used = 0
 
     def _select_beside(self, n_tokens: int) -> None:
@@ -152,29 +152,29 @@ class HostPath(AttentionPath):
         config = self.policy.config
         if summary:
             assert into.weights is not None
-            into.free_range = select_free(
-                scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_free, into.weights, config.budgets
+            into.topk_range = select_candidates(
+                scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_topk, into.weights, config.budget_allocation
             )
             into.shares[:] = 1.0  # rows that choose put their own in its place
         else:
-            select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, config.budgets)
-            into.n_free[:], into.free_range = 0, (0, 0)
+            select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, config.budget_allocation)
+            into.n_topk[:], into.topk_range = 0, (0, 0)
         if n_dense := int(np.searchsorted(self.attached.layers, config.dense_layers)) * self.attached.info.n_head_kv:
             list_all(n_used, into.blocks[:n_dense], into.n_listed[:n_dense])
-            into.n_free[:n_dense], into.shares[:n_dense] = 0, 1.0
+            into.n_topk[:n_dense], into.shares[:n_dense] = 0, 1.0
 
     def _widen(self, n_used: int, turn: int, every: int) -> None:
         """Let one layer in ``every`` attend to everything, in this step."""
         layers = np.arange(self.attached.info.n_layer) % every == turn
         rows = np.repeat(layers, self.attached.info.n_head_kv).nonzero()[0]
-        self._widened = rows, self.blocks[rows, :n_used].copy(), self.n_listed[rows], self.n_free[rows], self.shares[rows]
+        self._widened = rows, self.blocks[rows, :n_used].copy(), self.n_listed[rows], self.n_topk[rows], self.shares[rows]
         self.blocks[rows, :n_used] = np.arange(n_used)
-        self.n_listed[rows], self.n_free[rows], self.shares[rows] = n_used, 0, 1.0
+        self.n_listed[rows], self.n_topk[rows], self.shares[rows] = n_used, 0, 1.0
 
     def _narrow(self) -> None:
         """Give those that attended to everything their lists back."""
         if self._widened is not None:
-            rows, blocks, self.n_listed[rows], self.n_free[rows], self.shares[rows] = self._widened
+            rows, blocks, self.n_listed[rows], self.n_topk[rows], self.shares[rows] = self._widened
             self.blocks[rows, : blocks.shape[1]] = blocks
             self._widened = None
-            self.attached.choose_anew()
+            self.attached.reselect()

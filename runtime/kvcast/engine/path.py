@@ -114,7 +114,7 @@ class AttentionPath(ABC):
         Of the last step, in the order of its lists; of the lists.
     weights, estimates : float32, shape (n_rows, n_blocks), or None
         Of blocks that a step chooses from itself.
-    n_free : int32, shape (n_rows,)
+    n_topk : int32, shape (n_rows,)
         Of those, how many.
     n_attended : int32, shape (n_rows,)
         Blocks that the step attends to, from where its scores are reported on.
@@ -132,7 +132,7 @@ class AttentionPath(ABC):
         self.weights, self.estimates = (
             None if x is None else x.reshape(self.n_rows, info.n_blocks) for x in (attached.weights, attached.estimates)
         )
-        self.n_free = attached.n_free.reshape(self.n_rows)
+        self.n_topk = attached.n_topk.reshape(self.n_rows)
         self.shares = attached.shares.reshape(self.n_rows)
         self.n_attended = np.zeros(self.n_rows, np.int32)
         self.worker = Worker(self.worker_name)
@@ -144,7 +144,7 @@ class AttentionPath(ABC):
         self.warm_up_selection()
 
     @property
-    def free_range(self) -> tuple[int, int]:
+    def topk_range(self) -> tuple[int, int]:
         """The blocks that the current lists let steps choose from; (0, 0): none."""
         return 0, 0
 

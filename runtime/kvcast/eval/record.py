@@ -68,7 +68,7 @@ def record(llm: Llama, tokens: Sequence[int], n_context: int, name: str) -> Trac
         blocks, n_attended = recorder.lists[0]
         r, c = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
         seen[i, r, blocks[r, c]] = encode(session.path.scores[r, c] * session.result.shares[r])
-        begin, end = session.path.free_range
+        begin, end = session.path.topk_range
         if session.path.estimates is not None and end:
             estimate[i, rows, np.arange(begin, end)] = encode(session.path.estimates[:, begin:end])
     padded = np.zeros((len(primed) + len(truth), session.n_rows, n_blocks), np.uint8)

@@ -252,7 +252,7 @@ def measure(
                 predictor=now.predictor,
                 path=now.path,
                 budget=now.budget_blocks(n_context) * BLOCK_TOKENS,
-                budgets=now.budgets,
+                budgets=now.budget_allocation,
                 hold=now.steps_held,
                 calibrate=now.calibrate,
                 recovery=recovery,

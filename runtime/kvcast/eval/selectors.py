@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..config import SparseConfig
+from ..config import OLD_NAMES, SparseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,16 @@ class Selector:
     evicts: bool = False
 
 
-FRESH = dict(calibrate="off", budgets="uniform", hold=1)  # decided anew for every step, the same budget everywhere
-OBSERVED = dict(calibrate="dense:16", budgets="uniform", hold=1)
+FRESH = dict(calibrate="off", budget_allocation="uniform", hold=1)  # decided anew for every step, the same budget everywhere
+OBSERVED = dict(calibrate="dense:16", budget_allocation="uniform", hold=1)
 # name: settings, and one line for reports
 SELECTORS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "dense": (None, "attends to everything"),
     "default": ({}, "kvcast as shipped"),
-    "stream": (dict(predictor="onnx:stream", calibrate="dense:16", budgets="spread", hold=8), "our network without the newest query"),
+    "stream": (
+        dict(predictor="onnx:stream", calibrate="dense:16", budget_allocation="spread", hold=8),
+        "our network without the newest query",
+    ),
     "paper": (dict(predictor="onnx:paper", **OBSERVED), "AttentionPredictor's network (2502.04077), one step in 16 dense"),
     "ema": (dict(predictor="ema", **OBSERVED), "average .9 of block scores, one step in 16 dense"),
     "last": (dict(predictor="last", **OBSERVED), "scores of the last step, one step in 16 dense"),
@@ -50,7 +53,7 @@ SELECTORS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "snapkv": (dict(predictor="snapkv", **FRESH), "SnapKV (2404.14469), simulated: what the last 64 prompt tokens saw"),
     "window": (dict(predictor="window", **FRESH), "sink and window only"),
     "oracle": (
-        dict(predictor="oracle", calibrate="off", budgets="spread", hold=1),
+        dict(predictor="oracle", calibrate="off", budget_allocation="spread", hold=1),
         "the step's own attention, known beforehand: the best a budget can do",
     ),
 }
@@ -77,6 +80,7 @@ def selector(name: str, budget: int) -> Selector:
     kinds = {f.name: str(f.type) for f in fields(SparseConfig)}
     for change in changes:
         key, _, value = change.partition("=")
+        key = OLD_NAMES.get(key, key)
         if key not in kinds or not value:
             raise ValueError(f"selector {name!r}: {change!r} is not SETTING=VALUE; settings are {', '.join(kinds)}")
         try:

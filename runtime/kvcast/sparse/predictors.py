@@ -125,7 +125,7 @@ def make(config: SparseConfig, attached: NativeContext, embedded: Embedded | Non
     # a quarter of the cores: the others are the model's; where several threads ask, beside a GPU, one for each of them
     shared = attached.pool_info.device not in (None, b"CPU")
     n_threads = 1 if shared else max(1, usable_cores() // 4)
-    cuda = config.predictor_on == "cuda"
+    cuda = config.predictor_device == "cuda"
     if name == "auto":
         name = default()
         if embedded is not None and name != "ema":

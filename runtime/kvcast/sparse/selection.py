@@ -120,11 +120,11 @@ def select(
     blocks: npt.NDArray[np.int32],
     n_listed: npt.NDArray[np.int32],
     shares: npt.NDArray[np.float32],
-    budgets: str = "uniform",
+    allocation: str = "uniform",
 ) -> None:
     """Write the list of every row: sink, the best ``n_budget - n_sink - n_window`` between, window. Ids ascend.
 
-    With ``budgets="spread"`` the rows together keep ``n_rows`` times as many, each between a quarter of that number and
+    With ``allocation="spread"`` the rows together keep ``n_rows`` times as many, each between a quarter of that number and
     eight times it, chosen by score over all rows: scores are shares of attention, so the rows where attention is wide get
     more (DESIGN.md 7).
 
@@ -147,7 +147,7 @@ def select(
     window_begin = max(n_sink, n_used - n_window)
     n_middle = window_begin - n_sink
     n_critical = min(n_budget - n_sink - n_window, n_middle)
-    keep = _keep(scores, n_sink, window_begin, n_critical, budgets)
+    keep = _keep(scores, n_sink, window_begin, n_critical, allocation)
     _select(scores, n_sink, window_begin, n_used, keep, blocks, n_listed, shares)
 
 
@@ -158,7 +158,7 @@ def _weigh(scores, begin, end, weights):
             weights[row, b] = np.sqrt(max(scores[row, b], np.float32(0)) + FLOOR)
 
 
-def select_free(
+def select_candidates(
     scores: npt.NDArray[np.float32],
     n_used: int,
     n_budget: int,
@@ -166,15 +166,15 @@ def select_free(
     n_window: int,
     blocks: npt.NDArray[np.int32],
     n_listed: npt.NDArray[np.int32],
-    n_free: npt.NDArray[np.int32],
+    n_topk: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float32],
-    budgets: str = "uniform",
+    allocation: str = "uniform",
 ) -> tuple[int, int]:
     """As ``select``, but list sink and window only: the steps choose the critical blocks, by their own queries.
 
     Parameters
     ----------
-    n_free : int32, shape (n_rows,), out
+    n_topk : int32, shape (n_rows,), out
         How many they choose.
     weights : float32, shape (n_rows, >= n_used), out
         The square root of the score, by which they multiply the attention that they estimate.
@@ -186,22 +186,22 @@ def select_free(
     """
     if n_budget >= n_used:
         list_all(n_used, blocks, n_listed)
-        n_free[:] = 0
+        n_topk[:] = 0
         return 0, 0
     window_begin = max(n_sink, n_used - n_window)
     n_critical = min(n_budget - n_sink - n_window, window_begin - n_sink)
     ends = np.r_[0:n_sink, window_begin:n_used]
     blocks[:, : len(ends)] = ends
     n_listed[:] = len(ends)
-    n_free[:] = _keep(scores, n_sink, window_begin, n_critical, budgets)
+    n_topk[:] = _keep(scores, n_sink, window_begin, n_critical, allocation)
     _weigh(scores, n_sink, window_begin, weights)
     return n_sink, window_begin
 
 
-def _keep(scores, begin, end, n_critical, budgets):
+def _keep(scores, begin, end, n_critical, allocation):
     """int64, shape (n_rows,): critical blocks of each row."""
     keep = np.full(len(scores), n_critical, np.int64)
-    if budgets == "spread" and n_critical > 0:
+    if allocation == "spread" and n_critical > 0:
         floor, cap = n_critical // SPREAD_FLOOR, min(end - begin, n_critical * SPREAD_CAP)
         _spread(scores, begin, end, n_critical * len(scores), floor, cap, keep)
     return keep
