@@ -184,16 +184,14 @@ void check_values(reader & in, ggml_type type, size_t n_bytes) {
     }
 }
 
-// Of one sequence, number 0. whole: cell i holds position i; a cache of windows holds some of the positions, each once.
+// Of one sequence, number 0. whole: cell i holds position i; a cache of windows holds some of the positions, each once, and all of those
+// that the next token attends to.
 void check_cache(reader & in, const llama_context & ctx, const llama_kv_cache & kv, uint32_t n_tokens, bool whole) {
     const auto & hparams = ctx.get_model().hparams;
     require(in.get<uint32_t>() == kv.get_n_stream() && kv.get_n_stream() == 1, "it has another number of streams");
     const uint32_t n_cells = in.get<uint32_t>();
     require(n_cells <= kv.get_size() && (whole ? n_cells == n_tokens : n_cells <= n_tokens),
             "it has another number of cells than of tokens");
-    if (n_cells == 0) {
-        return;
-    }
     std::vector<bool> seen(n_tokens);
     for (uint32_t i = 0; i < n_cells; ++i) {
         const auto pos = in.get<llama_pos>();
@@ -207,6 +205,13 @@ void check_cache(reader & in, const llama_context & ctx, const llama_kv_cache & 
                     "a cell is of a token that the model does not have");
         }
         require(in.get<llama_seq_id>() == 0, "a cell is of another sequence");
+    }
+    for (uint32_t pos = 0; pos < n_tokens; ++pos) {
+        require(seen[pos] || llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, (llama_pos) pos, (llama_pos) n_tokens),
+                "a position is missing that the next token attends to");
+    }
+    if (n_cells == 0) {
+        return;
     }
     const bool transposed = !ctx.get_cparams().flash_attn;
     require(in.get<uint32_t>() == (transposed ? 1u : 0u), "its values lie in another order");

@@ -52,6 +52,26 @@ def test_states_of_another_length(subject):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("lost", [299, 260, 240])
+def test_windows_without_a_position_that_is_attended_to_next(tmp_path, lost):
+    """llama.cpp takes it for the end of the text, and then no next token."""
+    llm = Llama(write_tiny(tmp_path / "tiny.gguf", SHAPES["gemma3"]), **{**SHARED, "n_ctx": 1024})
+    llm.eval(tokens_of(300))
+    llm.save_session(tmp_path / "good")
+    llm.load_session(tmp_path / "good")
+    parts = take_apart(tmp_path / "good")
+    of_windows = [f for f in fields(parts.state, 2) if f.name == "pos"][300:]
+    missing = min({*range(300)} - {f.read(parts.state) for f in of_windows})
+    field = next(f for f in of_windows if f.read(parts.state) == lost)
+    (tmp_path / "bad").write_bytes(replace(parts, state=field.write(parts.state, missing)).join())
+    with pytest.raises(SessionError, match=r"damaged.*missing"):
+        llm.load_session(tmp_path / "bad")
+    assert llm.n_tokens == 300
+    llm.eval([5])
+    llm.close()
+
+
+@pytest.mark.sanitize
 def test_another_family(subject):
     s = subject()
     state = s.parts.state.replace(b"llama", b"gemma", 1)

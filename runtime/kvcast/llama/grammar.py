@@ -202,6 +202,8 @@ def _converted(text: str, limits: Limits) -> str:
     try:
         converter = upstream.SchemaConverter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
         converter.visit(converter.resolve_refs(schema, ""), "")
+        if nothing := next((name for name, rule in converter._rules.items() if not rule.strip()), None):
+            raise GrammarError(f"the schema allows nothing at {nothing[:80]!r} (an empty type, enum or anyOf); name what is allowed")
         grammar = converter.format_grammar()
     except GrammarError:
         raise
