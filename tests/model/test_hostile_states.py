@@ -55,7 +55,7 @@ def test_states_of_another_length(subject):
 @pytest.mark.parametrize("lost", [299, 260, 240])
 def test_windows_without_a_position_that_is_attended_to_next(tmp_path, lost):
     """llama.cpp takes it for the end of the text, and then no next token."""
-    llm = Llama(write_tiny(tmp_path / "tiny.gguf", SHAPES["gemma3"]), **{**SHARED, "n_ctx": 1024})
+    llm = Llama(write_tiny(tmp_path / "tiny.gguf", SHAPES["gemma3"]), sparse=SPARSE, **{**SHARED, "n_ctx": 1024})
     llm.eval(tokens_of(300))
     llm.save_session(tmp_path / "good")
     llm.load_session(tmp_path / "good")
