@@ -129,7 +129,7 @@ REFUSED_SCHEMAS = {
     "no such type": {"type": "text"},
     "no object": [1, 2],
     "large": {"enum": [f"value{i}" for i in range(20_000)]},
-    "no type": {"type": [], "properties": {"a b": {"type": "string"}}},
+    "no type": {"type": [], "properties": {"a": {"type": "integer", "minimum": 10**30}, "é": {"$ref": "#"}}, "required": ["nowhere"]},
     "no choice": {"type": "object", "properties": {"a": {"anyOf": []}}, "required": ["a"]},
     "no value": {"type": "array", "items": {"enum": []}},
     "a pattern that is none": {"type": "string", "pattern": "^(a$"},
