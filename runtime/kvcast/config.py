@@ -13,6 +13,7 @@ from .blocks import BLOCK_TOKENS
 from .checks import BELOW_1, INT32_MAX, Check, flag, number, optional, shown, text, whole
 from .errors import ArgumentError
 
+GRAINS = (1, 4, BLOCK_TOKENS)
 POOL_STEP = 256  # tokens: of the device path's budgets
 PUBLISHED = ("quest", "streaming", "h2o", "snapkv")  # other methods, for evaluation
 PREDICTORS = ("auto", "ema", "last", "window", "oracle", *PUBLISHED)
@@ -30,6 +31,7 @@ _CHECKS: dict[str, Check] = {
     "hold": optional(whole(1, TOKENS_MAX)),
     "calibrate": text,
     "budget_allocation": text,
+    "grain": whole(1, BLOCK_TOKENS),
     "dense_layers": whole(0, TOKENS_MAX),
     "min_recovery": number(0.0, BELOW_1),
     "trace": flag,
@@ -96,8 +98,8 @@ class SparseConfig:
         Steps for which a prediction is kept, and with it, unless ``calibrate`` is ``summary``, the set. None: 32 with a
         summary, where steps see for themselves, else 8.
     calibrate : str
-        How blocks outside the set are seen. ``summary``: each step estimates the attention to every block from a summary
-        of the keys and its own query, and chooses by that and the prediction; costs host memory, 8 % of an f16 store.
+        How blocks outside the set are seen. ``summary``: each step estimates the attention to every token from a summary
+        of the keys and its own query, and chooses by that; costs host memory, 8 % of an f16 store.
         ``dense:M``: one step in M attends to everything and so renews every score. ``layers:M``: the same, one M-th of
         the layers at each step; on the device path computed on the host, beside the steps. ``off``. ``auto`` is ``summary`` on the
         host path and ``off`` on the device path, whose sets are a step old: there a single query says little (docs/device.md).
@@ -118,6 +120,9 @@ class SparseConfig:
         Device path: predict, select and upload beside the step before; False does it between two steps.
     untested : bool
         Run families sparse, too, that no test covers (docs/coverage.md).
+    grain : int
+        Tokens that a step chooses together, where it chooses itself (``calibrate="summary"``): single ones (1), pieces of 4, or
+        blocks of 16, which follow the forecast too. The budget is as many tokens in each case (docs/tuning.md).
 
     Raises
     ------
@@ -141,6 +146,7 @@ class SparseConfig:
     path: str = "auto"
     prefetch: bool = True
     untested: bool = False
+    grain: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.calibrate, str) and self.calibrate.startswith("host:"):
@@ -168,6 +174,8 @@ class SparseConfig:
             )
         if self.budget_allocation not in ("spread", "uniform"):
             raise ArgumentError(f"budget_allocation is {shown(self.budget_allocation)}; use 'spread' or 'uniform'")
+        if self.grain not in GRAINS:
+            raise ArgumentError(f"grain is {self.grain}; use {', '.join(map(str, GRAINS))}")
         if self.path not in ("auto", "host", "device"):
             raise ArgumentError(f"path is {shown(self.path)}; use 'auto', 'host' or 'device'")
         if self.device:
@@ -209,6 +217,11 @@ class SparseConfig:
     def summary(self) -> bool:
         """Whether steps choose blocks themselves; not where the predictor sees the step itself or wants nothing."""
         return self.keeps_summary and self.predictor not in ("oracle", "window", *PUBLISHED)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether steps choose single tokens, or pieces of a block."""
+        return self.summary and self.grain < BLOCK_TOKENS
 
     @property
     def calibrate_every(self) -> int:

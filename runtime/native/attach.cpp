@@ -241,6 +241,8 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         s.q_power.resize(rows * dim, 1.0f);
         s.n_done.resize(rows);
         s.n_topk.resize(rows);
+        s.n_chosen.resize(rows);
+        s.threshold.resize(rows);
         s.pause.resize(rows);
         s.wait.resize(rows);
         s.weights.resize(rows * info.n_blocks, 1.0f);

@@ -8,6 +8,7 @@
 #include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <thread>
@@ -56,11 +57,24 @@ void complete_share(kvcast_layer & layer, int n, const ggml_tensor * q, int n_ta
 
 // ---- sparse
 
+// to [block of the list] += factor * share of a cell: of a part of a row's cells, to whose blocks the list has come down to
+void add_cells(const kvcast_context & kv, size_t row, const kvcast_layer::part & part, const float * shares, float factor, float * to) {
+    const int32_t * list = &kv.blocks[row * kv.info.n_blocks];
+    const int32_t * cells = &kv.summary->cells[row][(size_t) part.begin * KVCAST_BLOCK];
+    const int32_t * block = list + kv.n_listed[row];
+    block = std::lower_bound(block, block + kv.summary->n_chosen[row], cells[0] / KVCAST_BLOCK);
+    for (int i = 0; i < (part.end - part.begin) * KVCAST_BLOCK; ++i) {
+        block += *block != cells[i] / KVCAST_BLOCK; // each holds at least one
+        to[block - list] += factor * shares[i];
+    }
+}
+
 void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
     auto & kv = *layer.kv;
     const auto & info = kv.info;
     const int group = kv.group();
-    const int n = kv.n_attended((size_t) layer.id * info.n_head_kv + head);
+    const size_t row = (size_t) layer.id * info.n_head_kv + head;
+    const int n = kv.n_listed[row] + (kv.summary ? kv.summary->n_chosen[row] : 0);
     const int dv = info.head_dim_v;
 
     size_t first = 0;
@@ -69,7 +83,7 @@ void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
     }
     const size_t last = first + layer.n_parts[head];
 
-    float * scores = &kv.scores[((size_t) layer.id * info.n_head_kv + head) * info.n_blocks];
+    float * scores = &kv.scores[row * info.n_blocks];
     memset(scores, 0, sizeof(float) * n);
 
     for (int g = 0; g < group; ++g) {
@@ -97,10 +111,27 @@ void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
         float * per_head = kv.trace_scores.empty()
                 ? nullptr
                 : &kv.trace_scores[((size_t) layer.id * info.max_taps * info.n_head + iq) * info.n_blocks];
+        if (per_head) {
+            memset(per_head, 0, sizeof(float) * n);
+        }
         for (size_t p = first; p < last; ++p) {
             const auto & part = layer.parts[p];
             const float w = expf(kv.part_max[p * group + g] - m) / sum;
             const int size = part.end - part.begin;
+            if (part.cells) {
+                float * sum_of_group = kv.cell_scores(head) + (size_t) part.begin * group * KVCAST_BLOCK;
+                float * s = sum_of_group + (size_t) g * size * KVCAST_BLOCK;
+                for (int i = 0; i < size * KVCAST_BLOCK; ++i) {
+                    s[i] *= w;
+                }
+                if (per_head) {
+                    add_cells(kv, row, part, s, 1.0f, per_head);
+                }
+                for (int i = 0; g > 0 && i < size * KVCAST_BLOCK; ++i) {
+                    sum_of_group[i] += s[i];
+                }
+                continue;
+            }
             const float * s = &kv.part_block_sum[((size_t) head * info.n_blocks + part.begin) * group + (size_t) g * size];
             for (int i = 0; i < size; ++i) {
                 scores[part.begin + i] += w * s[i] / group;
@@ -108,6 +139,12 @@ void merge_head(kvcast_layer & layer, ggml_tensor * dst, int head) {
                     per_head[part.begin + i] = w * s[i];
                 }
             }
+        }
+    }
+    for (size_t p = first; p < last; ++p) {
+        const auto & part = layer.parts[p];
+        if (part.cells) {
+            add_cells(kv, row, part, kv.cell_scores(head) + (size_t) part.begin * group * KVCAST_BLOCK, 1.0f / group, scores);
         }
     }
 }
@@ -147,12 +184,15 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
 
         task t = kv.task_of(kvcast::head_rows(dst->src[1], part.head), queries, q_pos, group, work);
         t.v = kvcast::head_rows(dst->src[2], part.head);
-        t.blocks = &kv.blocks[((size_t) layer.id * info.n_head_kv + part.head) * info.n_blocks + part.begin];
+        const size_t row = (size_t) layer.id * info.n_head_kv + part.head;
+        t.blocks = &kv.blocks[row * info.n_blocks + part.begin];
+        t.cells = part.cells ? &kv.summary->cells[row][(size_t) part.begin * KVCAST_BLOCK] : nullptr;
         t.n_blocks = size;
         t.max = &kv.part_max[(size_t) p * group];
         t.sum = &kv.part_sum[(size_t) p * group];
         t.out = &kv.part_out[(size_t) p * group * info.head_dim_v];
-        t.block_sum = &kv.part_block_sum[((size_t) part.head * info.n_blocks + part.begin) * group];
+        t.block_sum = part.cells ? kv.cell_scores(part.head) + (size_t) part.begin * group * KVCAST_BLOCK
+                                 : &kv.part_block_sum[((size_t) part.head * info.n_blocks + part.begin) * group];
         kv.kernels->attend(t);
 
         if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {

@@ -54,6 +54,14 @@ struct kvcast_summary {
     std::vector<float> weights;
     int topk_begin = 0;
     int topk_end = 0;
+    int grain = KVCAST_BLOCK;
+
+    std::vector<int32_t> n_chosen;           // [row] blocks behind the listed ones: those chosen, or that hold a chosen token
+    std::vector<std::vector<int32_t>> cells; // [row] with a grain below a block: those chosen, ascending
+    std::vector<float> pieces;               // the same: estimates of the layer that runs, [n_head_kv][n_blocks*16/grain]
+    std::vector<int32_t> threshold;          // [row] of the last choice: a hint to the next
+
+    float * pieces_of(int head) { return &pieces[(size_t) head * n_blocks * (KVCAST_BLOCK / grain)]; }
     std::vector<int> pause;            // [row] steps from one choice to the next, less one
     std::vector<int> wait;             // [row] steps until the next choice
     std::vector<float> estimates;      // [row][cache blocks]
@@ -71,11 +79,12 @@ struct kvcast_layer {
     float scale = 1.0f; // of the logits
     bool plain = false; // the hook met it, and nothing but the mask is added to its logits
 
-    // a contiguous part of one KV head's list; scores: a group of queries of one KV head
+    // a contiguous part of one KV head's list, or of its chosen cells, 16 for one; scores: a group of queries of one KV head
     struct part {
         int head;
         int begin;
         int end;
+        bool cells = false;
     };
 
     std::vector<part> parts;
@@ -127,6 +136,8 @@ struct kvcast_context {
     std::vector<float> part_sum;
     std::vector<float> part_out;
     std::vector<float> part_block_sum; // [n_head_kv][group*n_blocks], a part's rows start at group*begin
+    std::vector<float> part_cell_sum;  // [n_head_kv][group*n_cells_max], likewise, of cells
+    int n_cells_max = 0;               // cells that a row chooses, at most
 
     std::unique_ptr<kvcast_summary> summary; // nullptr: none
     std::unique_ptr<kvcast_pool> pool;       // nullptr: attention in place (the host path)
@@ -157,8 +168,12 @@ struct kvcast_context {
     void fail(const std::string & why);
     // asked by the thread of llama_decode, between two nodes
     bool stops();
-    // blocks of a row in a sparse step: those listed by the caller and those chosen in the step
+    // blocks of a row in a sparse step: those listed by the caller and those that it chooses, or the tokens in place of so many
     int n_attended(size_t row) const { return n_listed[row] + (summary ? summary->n_topk[row] : 0); }
+    // whether a row chooses tokens, not blocks
+    bool chooses_cells(size_t row) const { return summary && summary->grain < KVCAST_BLOCK && summary->n_topk[row] > 0; }
+    // where the scores of a head's cells lie, of the layer that runs: [group][n of the part] behind group*begin
+    float * cell_scores(int head) { return &part_cell_sum[(size_t) head * group() * n_cells_max]; }
 
     // what the kernels need to know of every block of a layer, for n_q packed queries
     kvcast::task task_of(const kvcast::rows & k, const float * q, const int32_t * q_pos, int n_q, float * work) const;
@@ -210,5 +225,7 @@ void pack_queries(const queries & q, int head, int group, int begin, int end, fl
 // Every KV head of a layer chooses its n_topk blocks (summary.cpp). Called by all threads of the attention node; returns when
 // there is nothing left to take up: a head's list is complete when layer.chosen says so.
 void select_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * k, int n_threads);
+// Of a row whose blocks are estimated: its best n_topk blocks, or as many tokens, in place of those of the step before (selection.cpp).
+void select_row(kvcast_context & kv, int layer, int head);
 
 } // namespace kvcast

@@ -5,7 +5,7 @@
 
 namespace kvcast {
 
-const kernels kernels_generic = {"generic", attend, score, estimate};
+const kernels kernels_generic = {"generic", attend, score, estimate, topk};
 
 const kernels & best_kernels() {
     const char * forced = getenv("KVCAST_KERNELS");

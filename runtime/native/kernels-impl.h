@@ -107,8 +107,41 @@ inline void with_block(const kvcast::rows & r, int32_t b, float * wide, F && f) 
         f(f16_rows{r.data + (size_t) b * BLOCK * r.row_bytes, r.row_bytes});
 #endif
     } else {
-        widen_block(r, b, wide);
+        widen_rows(r, [b](int j) { return b * BLOCK + j; }, wide);
         f(f32_rows{wide, r.n});
+    }
+}
+
+// the same for 16 cells anywhere; those of the next 16 (nullptr: there are none) are asked for beforehand
+template <class F>
+inline void with_cells(const kvcast::rows & r, const int32_t * cells, const int32_t * next, float * wide, F && f) {
+    if (HAS_F16_ROWS && !r.to_float) {
+#if defined(__AVX512F__) || defined(__F16C__)
+        f16_cells rows;
+        for (int j = 0; j < BLOCK; ++j) {
+            rows.cell[j] = r.data + (size_t) cells[j] * r.row_bytes;
+#if defined(__GNUC__)
+            for (int i = 0; next && i < 2 * r.n; i += 64) {
+                __builtin_prefetch(r.data + (size_t) next[j] * r.row_bytes + i);
+            }
+#endif
+        }
+        f(rows);
+#endif
+    } else {
+        widen_rows(r, [cells](int j) { return cells[j]; }, wide);
+        f(f32_rows{wide, r.n});
+    }
+}
+
+// f(rows) for the ib-th of a task's blocks, or of its runs of 16 cells
+template <class F>
+inline void with_rows(const kvcast::rows & r, const kvcast::task & t, int ib, float * wide, F && f) {
+    if (t.cells) {
+        const int32_t * cells = t.cells + ib * BLOCK;
+        with_cells(r, cells, ib + 1 < t.n_blocks ? cells + BLOCK : nullptr, wide, f);
+    } else {
+        with_block(r, t.blocks[ib], wide, f);
     }
 }
 
@@ -118,6 +151,14 @@ inline void mask16(const kvcast::task & t, int32_t b, int iq, float * logits) {
             if (t.cell_pos[b * BLOCK + j] > t.q_pos[iq]) {
                 logits[j] = -INFINITY;
             }
+        }
+    }
+}
+
+inline void mask_cells(const kvcast::task & t, const int32_t * cells, int iq, float * logits) {
+    for (int j = 0; j < BLOCK; ++j) {
+        if (t.cell_pos[cells[j]] > t.q_pos[iq]) {
+            logits[j] = -INFINITY;
         }
     }
 }
@@ -147,12 +188,17 @@ void attend(const kvcast::task & t) {
     float * wide = t.work + t.n_q * stride; // one block of rows
 
     for (int ib = 0; ib < t.n_blocks; ++ib) {
-        with_block(t.k, t.blocks[ib], wide, [&](const auto & rows) {
+        with_rows(t.k, t, ib, wide, [&](const auto & rows) {
             for_query_runs(t.n_q,
                     [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * stride + ib * BLOCK, stride); });
         });
         for (int iq = 0; iq < t.n_q; ++iq) {
-            mask16(t, t.blocks[ib], iq, logits + iq * stride + ib * BLOCK);
+            float * l = logits + iq * stride + ib * BLOCK;
+            if (t.cells) {
+                mask_cells(t, t.cells + ib * BLOCK, iq, l);
+            } else {
+                mask16(t, t.blocks[ib], iq, l);
+            }
         }
     }
 
@@ -166,7 +212,9 @@ void attend(const kvcast::task & t) {
         float sum = 0;
         for (int ib = 0; ib < t.n_blocks; ++ib) {
             const float s = m == -INFINITY ? 0.0f : exp16(l + ib * BLOCK, m);
-            t.block_sum[iq * t.n_blocks + ib] = s;
+            if (!t.cells) {
+                t.block_sum[iq * t.n_blocks + ib] = s;
+            }
             sum += s;
         }
         t.max[iq] = m;
@@ -174,11 +222,14 @@ void attend(const kvcast::task & t) {
         if (m == -INFINITY) {
             memset(l, 0, sizeof(float) * stride);
         }
+        if (t.cells) {
+            memcpy(t.block_sum + iq * stride, l, sizeof(float) * stride);
+        }
     }
 
     memset(t.out, 0, sizeof(float) * t.n_q * t.v.n);
     for (int ib = 0; ib < t.n_blocks; ++ib) {
-        with_block(t.v, t.blocks[ib], wide, [&](const auto & rows) {
+        with_rows(t.v, t, ib, wide, [&](const auto & rows) {
             for_query_runs(t.n_q, [&](auto count, int iq) {
                 accumulate<count>(logits + iq * stride + ib * BLOCK, stride, rows, t.v.n, t.out + iq * t.v.n);
             });
@@ -205,24 +256,57 @@ void score(const kvcast::task & t) {
 }
 
 // sums[j] += over queries and the cells of block b0 + j: 2^logit, in lanes; NC: channels, 0 when not known at compile time
-template <int NC>
+// GRAIN: of what else is wanted, sums of so many cells; 16: nothing
+template <int NC, int GRAIN>
 inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float * base, vf * sums) {
     const int n_channels = NC ? NC : t.n_channels;
+    float cells[BLOCK];
     for (int j = 0; j < BLOCK; ++j) {
         for (int v = 0; v < BLOCK / W; ++v) {
             vf codes[NC ? NC : kvcast::MAX_CHANNELS];
             for (int i = 0; i < n_channels; ++i) {
                 codes[i] = widen_codes(t.channels[i] + (size_t) (b0 + j) * BLOCK + v * W);
             }
+            vf of_cells = {};
             for (int q = 0; q < t.n_q; ++q) {
                 vf x[2] = {}; // two chains
                 x[0] += base[q * BLOCK + j];
                 for (int i = 0; i < n_channels; ++i) {
                     x[i % 2] += t.channel_q[q * n_channels + i] * codes[i];
                 }
-                sums[j] += exp2_rough(x[0] + x[1]);
+                const vf e = exp2_rough(x[0] + x[1]);
+                sums[j] += e;
+                if (GRAIN < BLOCK) {
+                    of_cells += e;
+                }
+            }
+            if (GRAIN == 1) {
+                memcpy(t.pieces + (size_t) (b0 + j) * BLOCK + v * W, &of_cells, sizeof(of_cells));
+            } else if (GRAIN < BLOCK) {
+                memcpy(cells + v * W, &of_cells, sizeof(of_cells));
             }
         }
+        if (GRAIN > 1 && GRAIN < BLOCK) {
+            for (int i = 0; i < BLOCK / GRAIN; ++i) {
+                float sum = 0;
+                for (int l = 0; l < GRAIN; ++l) {
+                    sum += cells[i * GRAIN + l];
+                }
+                t.pieces[(size_t) (b0 + j) * (BLOCK / GRAIN) + i] = sum;
+            }
+        }
+    }
+}
+
+template <int GRAIN>
+inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float * base, vf * sums) {
+    switch (t.n_channels) {
+        case 8:
+            return estimate_blocks<8, GRAIN>(t, b0, base, sums);
+        case 16:
+            return estimate_blocks<16, GRAIN>(t, b0, base, sums);
+        default:
+            return estimate_blocks<0, GRAIN>(t, b0, base, sums);
     }
 }
 
@@ -264,15 +348,15 @@ void estimate(const kvcast::estimate_task & t) {
             }
         });
         vf sums[BLOCK] = {};
-        switch (t.n_channels) {
-            case 8:
-                estimate_blocks<8>(t, b0, base, sums);
+        switch (t.grain) {
+            case 1:
+                estimate_blocks<1>(t, b0, base, sums);
                 break;
-            case 16:
-                estimate_blocks<16>(t, b0, base, sums);
+            case 4:
+                estimate_blocks<4>(t, b0, base, sums);
                 break;
             default:
-                estimate_blocks<0>(t, b0, base, sums);
+                estimate_blocks<BLOCK>(t, b0, base, sums);
                 break;
         }
         vf quads[BLOCK / R];
@@ -283,6 +367,94 @@ void estimate(const kvcast::estimate_task & t) {
         store_sums(quads, totals);
         memcpy(t.out + b0, totals, sizeof(float) * (t.end - b0 < BLOCK ? t.end - b0 : BLOCK));
     }
+}
+
+inline int32_t bits_of(float x) {
+    int32_t b;
+    memcpy(&b, &x, sizeof(b));
+    return b;
+}
+
+// f(i) for every i < n, ascending, for which the bits of x[i] are above t
+template <class F>
+inline void for_above(const float * x, int n, int32_t t, F && f) {
+    const int n_vec = n / W * W;
+    for (int i = 0; i < n_vec; i += W) {
+        for (uint32_t mask = above(x + i, t); mask; mask &= mask - 1) {
+            f(i + lowest(mask));
+        }
+    }
+    for (int i = n_vec; i < n; ++i) {
+        if (bits_of(x[i]) > t) {
+            f(i);
+        }
+    }
+}
+
+// Floats from zero up are ordered as their bits are, and negative ones lie below them. A search for the bits that k of them exceed: it
+// counts for three candidates at a time, around the hint first, until few are left, which are then looked at alone.
+void topk(const float * x, int n, int k, int32_t * out, int32_t * work, int32_t * hint) {
+    constexpr int FEW = 256;
+    constexpr int32_t NEAR = 1 << 21;    // a quarter more or less
+    int32_t low = -1, high = 0x7ffffffe; // more than k are above low, at most k above high
+    int n_low = n, n_high = 0;           // how many
+    int32_t t[3] = {*hint - NEAR, *hint, *hint + NEAR};
+    if (t[0] <= low || t[2] >= high) {
+        t[0] = 0x20000000, t[1] = 0x30000000, t[2] = 0x3c000000;
+    }
+    while (high - low > 1 && n_low - n_high > FEW && n_high < k) {
+        int c[3] = {};
+        for (int i = 0; i < n; ++i) {
+            const int32_t b = bits_of(x[i]);
+            c[0] += b > t[0];
+            c[1] += b > t[1];
+            c[2] += b > t[2];
+        }
+        for (int j = 0; j < 3; ++j) {
+            if (c[j] > k) {
+                low = t[j], n_low = c[j];
+            } else if (t[j] < high) {
+                high = t[j], n_high = c[j];
+                break;
+            }
+        }
+        const int32_t step = high / 4 - low / 4 > 0 ? high / 4 - low / 4 : 1;
+        for (int j = 0; j < 3; ++j) {
+            t[j] = high - low > (j + 1) * (int64_t) step ? low + (j + 1) * step : high;
+        }
+    }
+    int m = 0;
+    for_above(x, n, low, [&](int i) {
+        work[m] = bits_of(x[i]);
+        m += work[m] <= high;
+    });
+    const int wanted = k - n_high; // of those between
+    n_high = 0;
+    while (high - low > 1 && n_high < wanted && wanted < m) {
+        const int32_t middle = low + (high - low) / 2;
+        int c = 0;
+        for (int i = 0; i < m; ++i) {
+            c += work[i] > middle;
+        }
+        if (c > wanted) {
+            low = middle;
+        } else {
+            high = middle, n_high = c;
+        }
+    }
+    // those above `high` are in, and so many of those equal to it; or all that are not negative, and so many of the others
+    const bool all = wanted >= m;
+    const int32_t least = all ? -1 : high;
+    int n_equal = all ? wanted - m : wanted - n_high;
+    *hint = high;
+    int n_out = 0;
+    for_above(x, n, all ? INT32_MIN : least - 1, [&](int i) {
+        const int32_t b = bits_of(x[i]);
+        const bool equal = all ? b < 0 : b == least;
+        out[n_out] = i;
+        n_out += b > least || (equal && n_equal > 0);
+        n_equal -= equal;
+    });
 }
 
 } // namespace

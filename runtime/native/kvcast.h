@@ -171,6 +171,14 @@ LLAMA_API int64_t kvcast_summary_state_bytes(const struct kvcast_context * kv);
 LLAMA_API void kvcast_get_summary_state(const struct kvcast_context * kv, uint8_t * dst);
 LLAMA_API bool kvcast_check_summary_state(const struct kvcast_context * kv, const uint8_t * src, int64_t n_bytes);
 LLAMA_API bool kvcast_set_summary_state(struct kvcast_context * kv, const uint8_t * src, int64_t n_bytes);
+// What a row chooses: blocks of 16 tokens (grain 16, the default), or as many tokens in pieces of 4 or singly, by their estimates alone.
+// Behind the listed blocks lie then those that hold a chosen token, with the scores of what was chosen. What was chosen before is
+// forgotten. Not 0: there is no summary, or no such grain.
+LLAMA_API int32_t kvcast_set_grain(struct kvcast_context * kv, int32_t grain);
+// Of the last sparse step: blocks behind the listed ones, NULL without a summary; and the tokens that a row chose, by their cells,
+// ascending, n of them: none with a grain of blocks.
+LLAMA_API const int32_t * kvcast_n_chosen(const struct kvcast_context * kv); // [n_layer][n_head_kv]
+LLAMA_API const int32_t * kvcast_chosen_cells(const struct kvcast_context * kv, int32_t layer, int32_t head, int32_t * n);
 // Of the last sparse step, for rows that chose: the estimates of the range, in units of the attention that the first and the
 // newest block got; and the share of the whole attention that the step attended to, estimated.
 LLAMA_API const float * kvcast_estimates(const struct kvcast_context * kv); // [n_layer][n_head_kv][n_blocks]

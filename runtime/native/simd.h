@@ -41,10 +41,11 @@ inline void widen_f16(const uint16_t * x, float * y, int n) {
     }
 }
 
-// 16 rows of block b as floats: dst [16][r.n]
-inline void widen_block(const kvcast::rows & r, int32_t b, float * dst) {
-    const char * src = r.data + (size_t) b * BLOCK * r.row_bytes;
-    for (int j = 0; j < BLOCK; ++j, src += r.row_bytes) {
+// 16 rows as floats: dst [16][r.n]; cell(j) is the j-th one's
+template <class F>
+inline void widen_rows(const kvcast::rows & r, F cell, float * dst) {
+    for (int j = 0; j < BLOCK; ++j) {
+        const char * src = r.data + (size_t) cell(j) * r.row_bytes;
         if (r.to_float) {
             r.to_float(src, dst + j * r.n, r.n);
         } else {
@@ -90,6 +91,31 @@ typedef float vf;
 #endif
 
 inline const vf & load(const float * p) { return *(const vf *) p; }
+
+// bit j: the bits of x[j], as an integer, are above t; j < W
+inline uint32_t above(const float * x, int32_t t) {
+#if defined(__AVX512F__)
+    return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(x), _mm512_set1_epi32(t));
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *) x), _mm256_set1_epi32(t))));
+#else
+    uint32_t mask = 0;
+    for (int j = 0; j < W; ++j) {
+        int32_t b;
+        memcpy(&b, x + j, sizeof(b));
+        mask |= (uint32_t) (b > t) << j;
+    }
+    return mask;
+#endif
+}
+
+inline int lowest(uint32_t mask) {
+#if defined(__GNUC__)
+    return __builtin_ctz(mask);
+#else
+    return mask & 1 ? 0 : 1 + lowest(mask >> 1);
+#endif
+}
 
 // W codes as floats
 inline vf widen_codes(const int8_t * p) {
@@ -159,9 +185,13 @@ struct f16_rows { // straight from the store
         return y;
     }
 };
+struct f16_cells { // the same of 16 cells anywhere
+    const char * cell[BLOCK];
+    vf operator()(int j, int i) const { return f16_rows{cell[j], 0}(0, i); }
+    float one(int j, int i) const { return f16_rows{cell[j], 0}.one(0, i); }
+};
 #else
 constexpr bool HAS_F16_ROWS = false;
-using f16_rows = f32_rows;
 #endif
 
 // the sums of the elements of 4 vectors, as 4 partial sums in each 128-bit lane (W = 4: complete; W = 1: nothing to do)

@@ -126,11 +126,25 @@ void kvcast_context::plan_sparse() {
             } else if (summary && summary->wait[row] > 0) {
                 summary->wait[row]--;
             }
-            const int n_parts = (n[h] + size - 1) / size;
-            for (int i = 0; i < n_parts; ++i) {
-                layer->parts.push_back({h, (int) ((int64_t) n[h] * i / n_parts), (int) ((int64_t) n[h] * (i + 1) / n_parts)});
+            const size_t n_before = layer->parts.size();
+            const auto cut = [&](int n_blocks, bool cells) {
+                const int n_parts = (n_blocks + size - 1) / size;
+                for (int i = 0; i < n_parts; ++i) {
+                    layer->parts.push_back(
+                            {h, (int) ((int64_t) n_blocks * i / n_parts), (int) ((int64_t) n_blocks * (i + 1) / n_parts), cells});
+                }
+            };
+            if (chooses_cells(row)) {
+                cut(n_listed[row], false);
+                cut(summary->n_topk[row], true);
+                n_cells_max = std::max(n_cells_max, summary->n_topk[row] * KVCAST_BLOCK);
+            } else {
+                cut(n[h], false);
             }
-            layer->n_parts[h] = n_parts;
+            layer->n_parts[h] = (int) (layer->parts.size() - n_before);
+            if (summary && summary->n_topk[row] == 0) {
+                summary->n_chosen[row] = 0;
+            }
             stats.blocks_read += n[h];
         }
         n_parts_max = std::max(n_parts_max, layer->parts.size());
@@ -139,6 +153,9 @@ void kvcast_context::plan_sparse() {
         part_max.resize(n_parts_max * group());
         part_sum.resize(n_parts_max * group());
         part_out.resize(n_parts_max * group() * info.head_dim_v);
+    }
+    if (part_cell_sum.size() < (size_t) info.n_head * n_cells_max) {
+        part_cell_sum.resize((size_t) info.n_head * n_cells_max);
     }
     stats.n_steps++;
 }

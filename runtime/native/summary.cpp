@@ -1,4 +1,4 @@
-// Blocks chosen within the step, by the step's own query: the summary of the keys, and the choice by it.
+// The summary of the keys, and by it the attention to every block or token, estimated with the step's own query.
 #include "context.h"
 
 #include "llama-kv-cache.h"
@@ -10,8 +10,6 @@
 namespace {
 
 constexpr float LOG2_E = 1.442695041f;
-constexpr int STEADY = 4;       // a row is steady when less than one in so many of its chosen blocks is new
-constexpr int PAUSE_MAX = 3;    // steps that a steady row keeps its choice
 constexpr int SAMPLE = 64;      // blocks that the choice of channels looks at
 constexpr float LARGEST = 1e9f; // of what is taken in: products of such numbers are finite
 
@@ -120,59 +118,11 @@ void estimate(const kvcast_layer & layer, const kvcast::queries & q, const kvcas
     t.begin = begin;
     t.end = end;
     t.out = out;
+    t.grain = s.grain;
+    if (s.grain < KVCAST_BLOCK) {
+        t.pieces = kv.summary->pieces_of(head);
+    }
     kv.kernels->estimate(t);
-}
-
-// appends the best n_topk blocks of the range to the list, ascending
-void choose(kvcast_context & kv, size_t row) {
-    auto & s = *kv.summary;
-    int32_t * list = &kv.blocks[row * kv.info.n_blocks];
-    const float * estimate = &s.estimates[row * kv.info.n_blocks];
-    const float * weight = &s.weights[row * kv.info.n_blocks];
-    const int n_listed = kv.n_listed[row];
-    const int n_topk = s.n_topk[row];
-
-    static thread_local std::vector<float> value, sorted;
-    value.resize(s.topk_end - s.topk_begin);
-    float all = 0;
-    for (int b = s.topk_begin; b < s.topk_end; ++b) {
-        const float v = estimate[b] * weight[b];
-        value[b - s.topk_begin] = v >= 0 ? v : 0; // nan too
-        all += estimate[b];
-    }
-    float rest = all, chosen = 0;
-    for (int i = 0; i < n_listed; ++i) {
-        if (list[i] >= s.topk_begin && list[i] < s.topk_end) {
-            value[list[i] - s.topk_begin] = -1;
-            rest -= estimate[list[i]];
-        }
-    }
-    sorted = value;
-    std::nth_element(sorted.begin(), sorted.begin() + (n_topk - 1), sorted.end(), std::greater<>());
-    const float threshold = sorted[n_topk - 1];
-    int n_equal = n_topk - (int) std::count_if(sorted.begin(), sorted.begin() + n_topk, [&](float v) { return v > threshold; });
-    static thread_local std::vector<int32_t> before;
-    before.assign(list + n_listed, list + n_listed + n_topk);
-    int n = n_listed, n_new = 0;
-    size_t p = 0;
-    for (int b = s.topk_begin; b < s.topk_end; ++b) {
-        const float v = value[b - s.topk_begin];
-        if (v > threshold || (v == threshold && n_equal-- > 0)) {
-            list[n++] = b;
-            chosen += estimate[b];
-            while (p < before.size() && before[p] < b) {
-                ++p;
-            }
-            n_new += p == before.size() || before[p] != b;
-        }
-    }
-    if (n_new * STEADY >= n_topk) {
-        s.pause[row] = 0;
-    } else {
-        s.pause[row] = std::min(2 * s.pause[row] + 1, PAUSE_MAX);
-    }
-    s.wait[row] = s.pause[row];
-    s.rest_to_chosen[row] = chosen > 0 ? std::max(rest - chosen, 0.0f) / chosen : 0.0f;
 }
 
 } // namespace
@@ -241,11 +191,12 @@ void select_blocks(kvcast_layer & layer, const queries & q, const ggml_tensor * 
 
         if (layer.chunks_done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == n_chunks) {
             s.n_done[row] = std::max(s.n_done[row], s.topk_end);
-            choose(kv, row);
+            select_row(kv, layer.id, head);
             layer.chosen[head].store(true, std::memory_order_release);
             if (layer.heads_done.fetch_add(1, std::memory_order_acq_rel) + 1 == (int) layer.selecting_heads.size()) {
                 kv.stats.choose_us += ggml_time_us() - layer.select_begin_us;
-                kv.stats.summary_bytes_read += (int64_t) layer.selecting_heads.size() * s.topk_end * (s.n_probed * KVCAST_BLOCK + info.head_dim_k);
+                kv.stats.summary_bytes_read += (int64_t) layer.selecting_heads.size() * s.topk_end *
+                        (s.n_probed * KVCAST_BLOCK + info.head_dim_k);
             }
         }
     }
@@ -272,10 +223,10 @@ void kvcast_context::estimate_shares(int layer) {
         if (summary->n_topk[row] == 0) {
             continue;
         }
-        // the estimates are measured by what the chosen blocks then really got
+        // the estimates are measured by what was chosen then really got
         const float * score = &scores[row * info.n_blocks];
         float chosen = 0;
-        for (int i = n_listed[row]; i < n_attended(row); ++i) {
+        for (int i = n_listed[row]; i < n_listed[row] + summary->n_chosen[row]; ++i) {
             chosen += score[i];
         }
         summary->shares[row] = 1 / (1 + chosen * summary->rest_to_chosen[row]);
@@ -420,6 +371,26 @@ void kvcast_set_topk_range(kvcast_context * kv, int32_t begin, int32_t end) {
         kv->summary->topk_end = end;
     }
 }
+
+int32_t kvcast_set_grain(kvcast_context * kv, int32_t grain) {
+    if (!kv->summary || (grain != 1 && grain != 4 && grain != KVCAST_BLOCK)) {
+        return grain == KVCAST_BLOCK ? 0 : -1;
+    }
+    auto & s = *kv->summary;
+    s.grain = grain;
+    s.cells.assign(grain < KVCAST_BLOCK ? s.n_topk.size() : 0, {});
+    s.pieces.resize(grain < KVCAST_BLOCK ? (size_t) kv->info.n_head_kv * s.n_blocks * (KVCAST_BLOCK / grain) : 0);
+    kvcast_reselect(kv);
+    return 0;
+}
+
+const int32_t * kvcast_chosen_cells(const kvcast_context * kv, int32_t layer, int32_t head, int32_t * n) {
+    const size_t row = (size_t) layer * kv->info.n_head_kv + head;
+    *n = kv->chooses_cells(row) ? (int32_t) kv->summary->cells[row].size() : 0;
+    return *n ? kv->summary->cells[row].data() : nullptr;
+}
+
+const int32_t * kvcast_n_chosen(const kvcast_context * kv) { return kv->summary ? kv->summary->n_chosen.data() : nullptr; }
 
 void kvcast_reselect(kvcast_context * kv) {
     if (kv->summary) {

@@ -36,6 +36,7 @@ SETTINGS = [
     *(("compression", value) for value in (math.nan, math.inf, 0.5, -1, "8", True, NO)),
     *((name, value) for name in ("sink", "window") for value in (0, 8, 17, -16, 16.0, None, True, 1 << 31)),
     *(("hold", value) for value in (0, -1, 1.5, "4", True, 10**20)),
+    *(("grain", value) for value in (0, 2, 17, -1, 1.0, "4", None, True)),
     *(("dense_layers", value) for value in (-1, 1.0, None, 10**20)),
     *(("min_recovery", value) for value in (math.nan, 1, 1.0, -0.1, "0.5", None, True)),
     *(

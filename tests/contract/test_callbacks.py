@@ -114,8 +114,10 @@ def test_exact_rows_agree_with_the_block_scores(llm, code):
     llm.eval([tokens[500]])
     row = llm.attention_row(2)
     assert row.shape == (info.n_head, 501)
-    n, blocks = llm.session.result.n_attended.reshape(4, 3)[2, 1], llm.session.attached.blocks[2, 1]
-    held = np.isin(np.arange(501) // 16, blocks[:n])
+    attached = llm.session.attached
+    blocks, chosen = attached.blocks[2, 1], attached.chosen_cells(2, 1)
+    held = np.isin(np.arange(501) // 16, blocks[: attached.n_listed[2, 1]]) | np.isin(np.arange(501), chosen)
+    assert len(chosen) and held.sum() < 501
     expected = [row[h, np.arange(501) // 16 == blocks[0]].sum() / row[h, held].sum() for h in range(3, 6)]
     np.testing.assert_allclose(llm.session.attached.scores[2, 1, 0], np.mean(expected), rtol=2e-3)
 

@@ -147,19 +147,27 @@ def test_output_error_against_naive(llm, code):
     masks = [rng.random((90, 64)) < 0.5 for _ in range(3)]
     for m in masks:
         m[:, 0] = True
-    got = outputs.errors([masks])[0]
-    errors = []
+    cells = [np.repeat(m, BLOCK_TOKENS, axis=1) & (rng.random((90, 1024)) < 0.7) for m in masks]
+    for of_step in cells:
+        of_step[:, 0] = True
+    got, steps = outputs.errors([[np.packbits(of_step, axis=1) for of_step in cells]], [(16, 64)])[0]
+    errors, held = [], np.zeros((3, 3))
     for layer in range(30):
         k, v = (x[:303].view(np.float16).reshape(303, 3, 64).astype(np.float64) for x in llm.session.attached.rows(layer))
         for step in range(3):
             for head in range(9):
                 q = outputs._queries[step][layer, head] / 8
                 p = np.exp(k[: 301 + step, head // 3] @ q)
-                kept = np.repeat(masks[step][layer * 3 + head // 3], BLOCK_TOKENS)[: 301 + step]
+                kept = cells[step][layer * 3 + head // 3, : 301 + step]
+                middle = slice(16, 304 - 64)
+                share = p / p.sum()
+                held[step] += np.array([share[kept].sum(), share[middle][kept[middle]].sum(), share[middle].sum()]) / 9 / 30
                 whole = p @ v[: 301 + step, head // 3] / p.sum()
                 part = (p * kept) @ v[: 301 + step, head // 3] / (p * kept).sum()
                 errors.append(np.linalg.norm(part - whole) / np.linalg.norm(whole))
     assert got == pytest.approx(np.mean(errors), rel=1e-4)
+    np.testing.assert_allclose(steps[:, 0], held[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(steps[:, 1] / steps[:, 2], held[:, 1] / held[:, 2], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_predictors_and_compression(make, code):
 def test_dense_layers_attend_to_everything(make, smollm2, code):
     llm = make(smollm2, dense_layers=2)
     run(llm, llm.tokenize(code.encode()), 1000, 3)
-    n = llm.session.result.n_attended.reshape(llm.session.attached.info.n_layer, -1)
+    n = (llm.session.path.n_listed + llm.session.path.n_topk).reshape(llm.session.attached.info.n_layer, -1)
     assert (n[:2] == -(-1003 // 16)).all() and 13 < n[2:].mean() < 17
 
 

@@ -82,6 +82,81 @@ def test_choice_against_numpy(name, kind, request, code, kernels):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("grain", [1, 4])
+@pytest.mark.parametrize(("name", "kind"), [("smollm2", F16), ("smollm2", Q8_0), ("qwen", F16), ("gemma3", F16)])
+def test_tokens_against_numpy(name, kind, grain, request, code, kernels):
+    llm, attached, tokens, power = attach(request.getfixturevalue(name), code, kind)
+    info = attached.info
+    rng = np.random.default_rng(3)
+    group, d = info.n_head // info.n_head_kv, info.head_dim_k
+    attached.set_grain(grain)
+    n_used = N // 16 + 1
+    listed = np.array([0, 1, 7, n_used - 2, n_used - 1])  # 7 lies in the range
+    begin, end = 2, n_used - 2
+    attached.blocks[..., : len(listed)] = listed
+    attached.n_listed[:] = len(listed)
+    attached.n_topk[:] = rng.integers(0, 20, attached.n_topk.shape)
+    attached.n_topk[1] = 0
+    attached.set_topk_range(begin, end)
+    attached.reselect()
+    llm.eval([tokens[N]])
+    overlap = []
+    for layer in range(info.n_layer):
+        k = rows_as_float(attached.rows(layer)[0], kind, info.n_head_kv)
+        for head in range(info.n_head_kv):
+            n, chosen = attached.n_topk[layer, head], attached.chosen_cells(layer, head)
+            assert len(chosen) == 16 * n and (np.diff(chosen) > 0).all()
+            pieces = chosen.reshape(-1, grain)
+            assert (pieces[:, 0] % grain == 0).all() and (pieces == pieces[:, :1] + np.arange(grain)).all()
+            assert np.isin(chosen // 16, np.setdiff1d(np.arange(begin, end), listed)).all()
+            got = attached.blocks[layer, head, : len(listed) + attached.n_chosen[layer, head]]
+            assert got.tolist() == [*listed, *np.unique(chosen // 16)]
+
+            q = attached.trace_q[layer, 0, head * group : (head + 1) * group]
+            cells = np.concatenate([np.arange(16 * b, min(16 * b + 16, N + 1)) for b in listed] + [chosen])
+            p, lse = naive.cell_scores(q, k[:, head], cells, info.kq_scale)
+            np.testing.assert_allclose(attached.lse[layer, 0, head * group : (head + 1) * group], lse, atol=2e-3)
+            expected = np.bincount(cells // 16, p.mean(0), n_used)[got]
+            np.testing.assert_allclose(attached.scores[layer, head, : len(got)], expected, rtol=2e-3, atol=1e-6)
+            if n:
+                keys = k[: n_used * 16, head].reshape(-1, 16, d)
+                logits = naive.summary(keys[: n_used - 1], power[layer, head], max(8, d // 4), max(4, d // 8), q * info.kq_scale)
+                ends = np.concatenate([keys[0] @ q.T, keys[-1, : N % 16 + 1] @ q.T]) * info.kq_scale
+                value = np.exp(logits - np.log(np.exp(ends - ends.max(0)).sum(0))[:, None, None] - ends.max(0)[:, None, None]).sum(0)
+                value[[0, 1, 7, *range(end, n_used - 1)]] = -1
+                best = np.argsort(-value.reshape(-1, grain).sum(1))[: len(pieces)]
+                overlap.append(np.isin(pieces[:, 0] // grain, best).mean())
+    assert np.mean(overlap) > 0.98, np.mean(overlap)  # a code that falls on the other side of a half changes an estimate by a little
+    attached.close()
+    llm.close()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("grain", [1, 4])
+@pytest.mark.parametrize("kind", [F16, Q8_0])
+def test_all_tokens_are_all_blocks(small, code, kind, grain, kernels):
+    llm, attached, tokens, _ = attach(small, code, kind)
+    found = []
+    for of_step in (16, grain):
+        llm.n_tokens = N - 3
+        llm._ctx.kv_cache_seq_rm(-1, N - 3, -1)
+        attached.invalidate(N - 3)
+        attached.set_grain(of_step)
+        attached.blocks[..., :3] = [0, 61, 62]
+        attached.n_listed[:], attached.n_topk[:] = 3, 60
+        attached.set_topk_range(1, 61)
+        attached.reselect()
+        for i in range(-3, 3):
+            llm.eval([tokens[N + i]])
+        found.append(np.array(llm._ctx.get_logits_ith(-1)[: llm.n_vocab()]))
+    # what differs by a rounding can differ by a step of a quantised key
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3 if kind == F16 else 0.6)
+    assert np.abs(found[0] - found[1]).mean() < (1e-4 if kind == F16 else 0.1)
+    attached.close()
+    llm.close()
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_threads", [1, 5])
 def test_steady_rows_pause_and_keep_their_choice(small, code, n_threads):
     llm, attached, tokens, _ = attach(small, code, F16, n_threads)

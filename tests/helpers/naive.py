@@ -22,6 +22,14 @@ def block_scores(q, k, n_head_kv, blocks, n_cells, scale):
     return sums, np.array(lses)
 
 
+def cell_scores(q, k, cells, scale):
+    """Attention of the queries of one KV head over cells: q (group, d), k (n_cells, d). Probabilities (group, n), log-sum-exp (group,)."""
+    logits = q.astype(np.float64) @ k[cells].astype(np.float64).T * scale
+    top = logits.max(1)
+    lse = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    return np.exp(logits - lse[:, None]), lse
+
+
 def observe_listed(averages, decays, blocks, n_listed, scores, shares):
     for row in range(len(blocks)):
         for i in range(n_listed[row]):

@@ -13,6 +13,8 @@ from tiny import N_VOCAB, SHAPES, write_tiny
 N_PROMPT, N_ANSWER = 700, 8
 CONFIGS = {
     "host": {"budget": 256},
+    "host, pieces": {"budget": 256, "grain": 4},
+    "host, blocks": {"budget": 256, "grain": 16},
     "host, ema, a poor step": {"budget": 256, "predictor": "ema", "min_recovery": 0.97},
     "host, calibrated": {"budget": 256, "predictor": "last", "calibrate": "dense:3"},
     "host, layers calibrated": {"budget": 256, "predictor": "ema", "calibrate": "layers:2"},

@@ -27,6 +27,7 @@ PATHS = {
     "device": SparseConfig(budget=1024, path="device", **ALL),
     "device, small": SparseConfig(budget=256, path="device", **ALL, calibrate="layers:2"),
     "host, small": SparseConfig(budget=128, **ALL),
+    "host, blocks": SparseConfig(budget=128, **ALL, grain=16),
     "host, layers calibrated": SparseConfig(budget=128, **ALL, calibrate="layers:2"),
     "host, calibrated": SparseConfig(budget=128, **ALL, calibrate="dense:2", min_recovery=0.9),
 }

@@ -265,12 +265,12 @@ def test_when_files_run_out(folder, tiny):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
 
-    def leave(n_topk):
+    def leave(n_free):
         gc.collect()  # of tests before this one
         with contextlib.suppress(OSError):
             while True:
                 held.append(os.open("/dev/null", os.O_RDONLY))
-        for _ in range(n_topk):
+        for _ in range(n_free):
             os.close(held.pop())
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))

@@ -23,6 +23,7 @@ from .api import (
     kvcast_attach,
     kvcast_blocks,
     kvcast_check_summary_state,
+    kvcast_chosen_cells,
     kvcast_clear_abort,
     kvcast_collect,
     kvcast_detach,
@@ -38,6 +39,7 @@ from .api import (
     kvcast_last_error,
     kvcast_lse,
     kvcast_model_layers,
+    kvcast_n_chosen,
     kvcast_n_listed,
     kvcast_n_topk,
     kvcast_params,
@@ -52,6 +54,7 @@ from .api import (
     kvcast_score_store,
     kvcast_scores,
     kvcast_set_attention_callback,
+    kvcast_set_grain,
     kvcast_set_mode,
     kvcast_set_summary_state,
     kvcast_set_topk_range,
@@ -110,7 +113,9 @@ class NativeContext:
         Block lists of the next sparse steps; ids ascending, the first ``n_listed`` count.
     n_listed : int32, shape (n_layer, n_head_kv)
     n_topk : int32, shape (n_layer, n_head_kv)
-        Blocks that a step chooses itself and appends to the list (always 0 without a summary).
+        Blocks that a step chooses itself, or as many tokens (``set_grain``); always 0 without a summary.
+    n_chosen : int32, shape (n_layer, n_head_kv)
+        Blocks that the last step appended to the list: those it chose, or those that hold a token that it chose.
     weights : float32, shape (n_layer, n_head_kv, n_blocks), or None
         The step chooses by weight times estimated attention.
     estimates : float32, shape (n_layer, n_head_kv, n_blocks), or None
@@ -153,6 +158,7 @@ class NativeContext:
         self.blocks = view(kvcast_blocks(kv), (*rows, info.n_blocks))
         self.n_listed = view(kvcast_n_listed(kv), rows)
         self.n_topk = view(kvcast_n_topk(kv), rows) if summary else np.zeros(rows, np.int32)
+        self.n_chosen = view(kvcast_n_chosen(kv), rows) if summary else np.zeros(rows, np.int32)
         self.weights = view(kvcast_weights(kv), (*rows, info.n_blocks))
         self.estimates = view(kvcast_estimates(kv), (*rows, info.n_blocks))
         self.shares = view(kvcast_shares(kv), rows) if summary else np.ones(rows, np.float32)
@@ -226,6 +232,23 @@ class NativeContext:
     def set_topk_range(self, begin: int, end: int) -> None:
         """The blocks that the next steps may choose from, all of them complete."""
         kvcast_set_topk_range(self._kv, begin, end)
+
+    def set_grain(self, grain: int) -> None:
+        """Let steps choose blocks (16), or as many tokens in pieces of 4 or singly (1).
+
+        Raises
+        ------
+        ValueError
+            It is none of these, or there is no summary of the keys.
+        """
+        if kvcast_set_grain(self._kv, grain):
+            raise ValueError(f"grain is {grain}; use 16, or with a summary of the keys 4 or 1")
+
+    def chosen_cells(self, layer: int, head: int) -> npt.NDArray[np.int32]:
+        """The tokens that a row chose in the last sparse step, by their cells: ascending, none with a grain of blocks."""
+        n = ctypes.c_int32()
+        cells = kvcast_chosen_cells(self._kv, layer, head, ctypes.byref(n))
+        return np.ctypeslib.as_array(cells, shape=(n.value,)).copy() if n.value else np.empty(0, np.int32)
 
     def plan_pool(self, n_slots: npt.NDArray[np.int32], n_sink: int, n_window: int) -> None:
         """Give every layer its slots per KV head: multiples of 16. Empties the table.

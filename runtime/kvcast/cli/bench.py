@@ -14,7 +14,7 @@ from ..config import SparseConfig
 from ..cores import usable_cores
 from ..texts import DEFAULT_TEXT, read_text
 from .console import console, fetched, notes
-from .options import DEFAULT, Budget, Budgets, Calibrate, Hold, JsonFile, ModelName, Predictor, Prefetch, Threads, sparse_config
+from .options import DEFAULT, Budget, Budgets, Calibrate, Grain, Hold, JsonFile, ModelName, Predictor, Prefetch, Threads, sparse_config
 
 
 def bench(
@@ -28,6 +28,7 @@ def bench(
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budget_allocation,
+    grain: Grain = DEFAULT.grain,
     path: Annotated[str, typer.Option(help="host or device; host,device: both, side by side.")] = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     compare: Annotated[str, typer.Option(help="Other predictors to measure the recovery of, comma-separated.")] = "",
@@ -40,7 +41,9 @@ def bench(
     """Measure sparse against dense: speed, KV read, recovery."""
     from ..eval.bench import bench as run
 
-    config, *also = (sparse_config(budget, predictor, hold, calibrate, budgets, name, prefetch, untested=True) for name in path.split(","))
+    config, *also = (
+        sparse_config(budget, predictor, hold, calibrate, budgets, grain, name, prefetch, untested=True) for name in path.split(",")
+    )
     others = [name for name in compare.split(",") if name]
     for name in others:
         SparseConfig(predictor=name)

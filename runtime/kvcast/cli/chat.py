@@ -18,6 +18,7 @@ from .options import (
     Budgets,
     Calibrate,
     GpuLayers,
+    Grain,
     Hold,
     KvType,
     ModelName,
@@ -45,6 +46,7 @@ def chat(
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budget_allocation,
+    grain: Grain = DEFAULT.grain,
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
@@ -68,7 +70,7 @@ def chat(
 
     if session is not None:
         check_place(session)
-    sparse = sparse_config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested)
+    sparse = sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested)
     document = "\n\n".join(read_text(path) for path in file or [])
     more = placement(gpu_layers, kv_type)
     gguf = fetched(model)

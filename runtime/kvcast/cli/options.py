@@ -14,6 +14,7 @@ Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink 
 Predictor = Annotated[str, typer.Option(help="auto, ema, last, window, onnx:NAME; oracle, quest for evaluation.")]
 Calibrate = Annotated[str, typer.Option(help="auto, summary, dense:M, layers:M or off.")]
 Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
+Grain = Annotated[int, typer.Option(help="Tokens that a step chooses together: 1, 4 or 16 (a block).")]
 Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")]
 Where = Annotated[str, typer.Option(help="host: attend beside the store; device: from a pool on the device, prefetched.")]
 Prefetch = Annotated[bool, typer.Option(help="Device path: bring blocks to the pool beside the steps.")]
@@ -25,9 +26,18 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report 
 DEFAULT = SparseConfig()
 
 
-def sparse_config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested) -> SparseConfig:
+def sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested) -> SparseConfig:
     return SparseConfig(
-        budget, None, predictor, hold=hold, calibrate=calibrate, budget_allocation=budgets, path=path, prefetch=prefetch, untested=untested
+        budget,
+        None,
+        predictor,
+        hold=hold,
+        calibrate=calibrate,
+        budget_allocation=budgets,
+        grain=grain,
+        path=path,
+        prefetch=prefetch,
+        untested=untested,
     )
 
 

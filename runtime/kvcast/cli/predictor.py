@@ -259,9 +259,9 @@ def evaluate(
     ]
     path = fetched(model)
     names = text or [str(DEFAULT_TEXT)]
-    traced = any(c.predictor == "quest" for c in configs)
+    quest, traced = any(c.predictor == "quest" for c in configs), any(c.chooses_tokens for c in configs)
     largest = max(c.budget for c in configs)
-    start = SparseConfig(largest, predictor="quest" if traced else "ema", path=where, untested=True)
+    start = SparseConfig(largest, predictor="quest" if quest else "ema", path=where, untested=True, trace=traced)
     report: dict[str, Any] = {"model": path.name, "context": context, "steps": steps, "documents": {}}
     more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=context + steps + 64, sparse=start, verbose=False, **more)) as llm:

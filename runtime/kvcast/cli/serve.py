@@ -18,6 +18,7 @@ from .options import (
     Budgets,
     Calibrate,
     GpuLayers,
+    Grain,
     Hold,
     KvType,
     Predictor,
@@ -46,6 +47,7 @@ def serve(
     calibrate: Calibrate = DEFAULT.calibrate,
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budget_allocation,
+    grain: Grain = DEFAULT.grain,
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
@@ -64,8 +66,8 @@ def serve(
         raise KvcastError(f"the server needs {error.name}, which is not installed; {install_line('serve')}") from error
 
     of_model = (
-        "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "path", "prefetch", "threads", "gpu_layers",
-        "kv_type", "untested",
+        "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "grain", "path", "prefetch", "threads",
+        "gpu_layers", "kv_type", "untested",
     )  # fmt: skip
     given = [name for name in of_model if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"]
     if config is not None:
@@ -73,7 +75,7 @@ def serve(
             raise KvcastError(f"{given[0]} is given beside --config; write it into {str(config)!r}")
         server, found = read_config(config)
     else:
-        sparse = sparse_config(budget, predictor, hold, calibrate, budgets, path, prefetch, untested)
+        sparse = sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested)
         name = model or "smollm2"
         more = placement(gpu_layers, kv_type)
         if threads:

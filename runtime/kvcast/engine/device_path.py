@@ -247,7 +247,7 @@ class DevicePath(AttentionPath):
         if self.attached.stats.device_us - before > STILL_BUSY:
             self.policy.times.wait = waited
         self._seen = True
-        return StepResult(step.n_tokens, self._attended, self.n_attended, shares, False, self._learn_later)
+        return StepResult(step.n_tokens, self._attended, self.n_attended, shares, int(self.n_attended.sum()), False, self._learn_later)
 
     def _finish_dense(self, step: Step) -> StepResult:
         """Its exact scores go to the history as those of full lists."""
@@ -256,7 +256,7 @@ class DevicePath(AttentionPath):
         self.n_attended = self._lengths
         self.scores[:, : step.n_used] = self.attached.history_scores[:, 0].reshape(self.n_rows, -1)[:, : step.n_used]
         self.shares[:] = 1.0
-        return StepResult(step.n_tokens, self._listed, self._lengths, self.shares, True, self._learn)
+        return StepResult(step.n_tokens, self._listed, self._lengths, self.shares, int(self._lengths.sum()), True, self._learn)
 
     def _learn(self, result: StepResult) -> None:
         self.history.observe_listed(result.blocks, result.n_attended, self.scores, result.shares)

@@ -48,6 +48,7 @@ class HostPath(AttentionPath):
         return self._lists.topk_range
 
     def _warm_up(self) -> None:
+        self.configured(self.policy.config)
         self.history.observe_listed(self.blocks[:0], self.n_listed[:0], self.scores[:0], self.shares[:0])
         self.history.observe_all(self.attached.history_scores, 0, 0, 0)
         self.history.n_observed = 0
@@ -61,6 +62,10 @@ class HostPath(AttentionPath):
                 self._fill(some, scores, n, min(3, n), 1, 1, summary)
         self.n_listed[:2] = self.n_topk[:2] = 0
         self.history.epoch += 1  # what a predictor has kept of this is void
+
+    def configured(self, before: SparseConfig) -> None:
+        if self.weights is not None:
+            self.attached.set_grain(self.policy.config.grain)  # what was chosen is forgotten
 
     def check(self, config: SparseConfig) -> None:
         if config.summary and self.weights is None:
@@ -86,12 +91,13 @@ class HostPath(AttentionPath):
         elif some_layers:
             self._widen(n_used, n_since % every, every)
         self._n_known = n_used
-        self.n_attended = self.n_listed + self.n_topk
         return Step(n_tokens, n_used, native.SPARSE, everything, last)
 
     def finish(self, step: Step) -> StepResult:
         self.finish_batch(step.last)  # before the scores that it reads are renewed
-        return StepResult(step.n_tokens, self.blocks, self.n_attended, self.shares, True, self._learn)
+        self.n_attended = self.n_listed + self.n_chosen
+        n_read = int(self.n_listed.sum() + self.n_topk.sum())
+        return StepResult(step.n_tokens, self.blocks, self.n_attended, self.shares, n_read, True, self._learn)
 
     def drop(self) -> None:
         self._age = None
@@ -99,6 +105,7 @@ class HostPath(AttentionPath):
 
     def clear(self) -> None:
         self._widened = None
+        self.configured(self.policy.config)
         self.blocks[:], self.n_listed[:], self.n_topk[:], self.shares[:] = 0, 0, 0, 1
 
     # ---- inside

@@ -46,11 +46,13 @@ class StepResult:
     position : int
         Of its token.
     blocks : int32, shape (n_rows, n_blocks)
-        What each row attended to, ascending on the host path; only the first ``n_attended`` of a row count. The path's own array, as all
-        of these: valid until the next step is prepared, but for a result that a step in between has been given.
+        What each row attended to, or of which it attended to some tokens; only the first ``n_attended`` of a row count. The path's own
+        array, as all of these: valid until the next step is prepared, but for a result that a step in between has been given.
     n_attended : int32, shape (n_rows,)
     shares : float32, shape (n_rows,)
         Estimated recovery.
+    n_read : int
+        Blocks that all rows together read; of single tokens, 16 are one.
     at_once : bool
         Its scores lie ready, and cost little to take in.
     """
@@ -59,6 +61,7 @@ class StepResult:
     blocks: np.ndarray
     n_attended: np.ndarray
     shares: np.ndarray
+    n_read: int
     at_once: bool
     take: Callable[[StepResult], None]
     taken: bool = False
@@ -115,7 +118,9 @@ class AttentionPath(ABC):
     weights, estimates : float32, shape (n_rows, n_blocks), or None
         Of blocks that a step chooses from itself.
     n_topk : int32, shape (n_rows,)
-        Of those, how many.
+        Of those, how many, in blocks.
+    n_chosen : int32, shape (n_rows,)
+        Blocks that the last step appended to its lists.
     n_attended : int32, shape (n_rows,)
         Blocks that the step attends to, from where its scores are reported on.
     """
@@ -133,6 +138,7 @@ class AttentionPath(ABC):
             None if x is None else x.reshape(self.n_rows, info.n_blocks) for x in (attached.weights, attached.estimates)
         )
         self.n_topk = attached.n_topk.reshape(self.n_rows)
+        self.n_chosen = attached.n_chosen.reshape(self.n_rows)
         self.shares = attached.shares.reshape(self.n_rows)
         self.n_attended = np.zeros(self.n_rows, np.int32)
         self.worker = Worker(self.worker_name)

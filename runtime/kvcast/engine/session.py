@@ -117,7 +117,7 @@ class Session:
         self._draft_span = (0, 0)  # first position and number of the tokens of a batch that may yet be taken back
         self._last: StepResult | None = None  # whose scores the history does not have yet
         none = np.zeros(self.n_rows, np.int32)
-        self.result = StepResult(0, self.path.blocks, none, self.path.shares, True, lambda _: None, taken=True)
+        self.result = StepResult(0, self.path.blocks, none, self.path.shares, 0, True, lambda _: None, taken=True)
         self.path.start(self.policy, self.history)
 
     @property
@@ -434,9 +434,7 @@ class Session:
                 self._last = result
             self.known.poor = float(result.shares.mean()) < self.config.min_recovery
         n_dense = (result.position // BLOCK_TOKENS + 1) * self.n_rows
-        self.times.count(
-            begin, observed, int(result.n_attended.sum()), n_dense, float(result.shares.mean()), calibrated, before, self.attached.stats
-        )
+        self.times.count(begin, observed, result.n_read, n_dense, float(result.shares.mean()), calibrated, before, self.attached.stats)
 
     def use(self, predictor: predictors.Predictor) -> None:
         if self.history.keep_steps(predictor.n_steps_kept):  # first: it may not fit into memory

@@ -151,7 +151,7 @@ def bench(
     found: dict[str, list[Recovery]] = {name: [] for name in texts}
     for now in (config, *also):
         say(f"loading and reading {n_context} tokens: sparse, path={now.path}")
-        llm = Llama(path, sparse=now, **shared)
+        llm = Llama(path, sparse=replace(now, trace=now.chooses_tokens), **shared)
         documents = {name: tokens_of(llm, text, n_context + n_steps, name) for name, text in texts.items()}
         tokens = documents[first]
         engines.append(_read(llm, tokens[:n_context]))

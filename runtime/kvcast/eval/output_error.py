@@ -46,14 +46,25 @@ class Outputs:
         cells = slice(self._n_context, self._n_context + len(self._queries))
         self._rows = [tuple(x[cells].copy() for x in self._attached.rows(layer)) for layer in range(self._attached.info.n_layer)]
 
-    def errors(self, masks: Sequence[Sequence[np.ndarray]]) -> list[float]:
-        """Mean error of each configuration, from its masks: one a step, bool, shape (n_rows, n_blocks)."""
+    def errors(self, cells: Sequence[Sequence[np.ndarray]], ends: Sequence[tuple[int, int]]) -> list[tuple[float, np.ndarray]]:
+        """Of each configuration the mean error, and for each step what ``recovery.steps_of`` gives, token by token.
+
+        Parameters
+        ----------
+        cells : sequences of uint8 arrays, shape (n_rows, n_cells / 8)
+            By configuration and step: the tokens that were attended to, as bits (numpy.packbits).
+        ends : sequence of (int, int)
+            By configuration: tokens at the beginning and at the end that are not the middle, in whole blocks.
+        """
         info = self._attached.info
         queries = np.stack(self._queries)  # (n_steps, n_layer, n_head, head_dim)
         n_steps, group = len(queries), info.n_head // info.n_head_kv
         n_cells = self._n_context + n_steps
         future = np.arange(n_cells) > self._n_context + np.arange(n_steps)[:, None]
-        sums = np.zeros(len(masks))
+        sums, held = np.zeros(len(cells)), np.zeros((len(cells), n_steps, 4))
+        n_used = (self._n_context + np.arange(n_steps)) // BLOCK_TOKENS + 1
+        at = np.arange(n_cells)
+        middles = [(at >= first) & (at < np.maximum(first, n_used * BLOCK_TOKENS - last)[:, None]) for first, last in ends]
         for layer in range(info.n_layer):
             k, v = (
                 np.concatenate([rows[: self._n_context], new]).view(np.float16).reshape(n_cells, info.n_head_kv, -1).astype(np.float32)
@@ -67,10 +78,16 @@ class Outputs:
                 p = np.exp(logits - logits.max(-1, keepdims=True))
                 whole = p @ v[:, head] / p.sum(-1, keepdims=True)
                 length = np.linalg.norm(whole, axis=-1)
-                for i, steps in enumerate(masks):
+                shares = (p / p.sum(-1, keepdims=True)).mean(1)
+                for i, (steps, middle) in enumerate(zip(cells, middles, strict=True)):
                     row = layer * info.n_head_kv + head
-                    kept = np.repeat(np.stack([m[row] for m in steps]), BLOCK_TOKENS, axis=1)[:, None, :n_cells]
-                    part = p * kept
+                    kept = np.unpackbits(np.stack([m[row] for m in steps]), axis=1)[:, :n_cells].astype(bool)
+                    part = p * kept[:, None]
                     part = part @ v[:, head] / part.sum(-1, keepdims=True)
                     sums[i] += (np.linalg.norm(part - whole, axis=-1) / length).mean()
-        return (sums / (info.n_layer * info.n_head_kv)).tolist()
+                    sparse = ~(kept | future).all(1)
+                    of_row = np.stack([(shares * kept).sum(1), (shares * (kept & middle)).sum(1), (shares * middle).sum(1)], 1)
+                    held[i, sparse, :3] += of_row[sparse]
+                    held[i, sparse, 3] += 1
+        held[..., 0] /= np.where(held[..., 3], held[..., 3], np.nan)
+        return [(float(error), steps[:, :3]) for error, steps in zip(sums / (info.n_layer * info.n_head_kv), held)]

@@ -62,24 +62,38 @@ class Recovery:
 class Recorder:
     """Notes the set of every sparse step; set it as ``session.observers.on_attended``."""
 
-    def __init__(self, llm: Llama):
+    def __init__(self, llm: Llama, keep_cells: bool = False):
         self._session = llm.session
+        self._keep_cells = keep_cells
         self.lists: list[tuple[np.ndarray, np.ndarray]] = []
+        self.cells: list[np.ndarray] = []  # one per step: the tokens as bits, uint8, shape (n_rows, n_cells / 8)
 
     def __call__(self, _position: int) -> None:
         session = self._session
         self.lists.append((session.result.blocks[:, : int(session.result.n_attended.max())].copy(), session.result.n_attended.copy()))
+        if self._keep_cells:
+            self.cells.append(self._bits())
+
+    def _bits(self) -> np.ndarray:
+        session, info = self._session, self._session.attached.info
+        mask = np.repeat(self._mask(*self.lists[-1]), BLOCK_TOKENS, axis=1)
+        for row in range(session.n_rows):
+            chosen = session.attached.chosen_cells(row // info.n_head_kv, row % info.n_head_kv)
+            if len(chosen):
+                mask[row].reshape(-1, BLOCK_TOKENS)[np.unique(chosen // BLOCK_TOKENS)] = False
+                mask[row, chosen] = True
+        return np.packbits(mask, axis=1)
+
+    def _mask(self, blocks: np.ndarray, n_attended: np.ndarray) -> np.ndarray:
+        rows, columns = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
+        mask = np.zeros(self._session.path.blocks.shape, bool)
+        mask[rows, blocks[rows, columns]] = True
+        return mask
 
     @property
     def masks(self) -> list[np.ndarray]:
-        """One per step: bool, shape (n_rows, n_blocks)."""
-        masks = []
-        for blocks, n_attended in self.lists:
-            rows, columns = np.nonzero(np.arange(blocks.shape[1]) < n_attended[:, None])
-            mask = np.zeros(self._session.path.blocks.shape, bool)
-            mask[rows, blocks[rows, columns]] = True
-            masks.append(mask)
-        return masks
+        """One per step: bool, shape (n_rows, n_blocks). A block of which some tokens were attended to counts."""
+        return [self._mask(*of_step) for of_step in self.lists]
 
 
 def next_logits(llm: Llama) -> np.ndarray:
@@ -198,7 +212,8 @@ def measure(
     Parameters
     ----------
     outputs : bool
-        Measure the error of attention's output too; the model must have been loaded with ``SparseConfig(trace=True)``.
+        Measure the error of attention's output too, and recovery token by token: always done where steps choose tokens. The model must
+        have been loaded with ``SparseConfig(trace=True)``.
     say : callable
         Called with the number of configurations done.
 
@@ -217,7 +232,8 @@ def measure(
         session.truncate(n_context)
         session.history.restore(primed)
 
-    found = Outputs(llm, n_context) if outputs else None
+    by_token = outputs or any(c.chooses_tokens for c in configs)
+    found = Outputs(llm, n_context) if by_token else None
     truth, dense_logits = true_scores(llm, tokens[n_context:], found.note if found else None)
     if found:
         found.end_of_dense_pass()
@@ -227,12 +243,12 @@ def measure(
     nll_dense = -float(dense[target].mean())
     sources = copied_from(tokens, n_context)
     results = []
-    all_masks = []
+    all_cells = []
     for i, now in enumerate(configs):
         say(i)
         session.configure(now)
         rewind()
-        session.observers.on_attended = recorder = Recorder(llm)
+        session.observers.on_attended = recorder = Recorder(llm, keep_cells=by_token)
         logits = []
         try:
             for token in tokens[n_context:]:
@@ -242,7 +258,7 @@ def measure(
             session.observers.on_attended = None
         sparse = log_softmax(np.stack(logits))
         times, masks = session.times, recorder.masks
-        all_masks.append(masks)
+        all_cells.append(recorder.cells)
         kl = (np.exp(dense) * (dense - sparse)).sum(-1)
         steps = steps_of(masks, truth, now)
         recovery, middle = _means(steps)
@@ -278,11 +294,19 @@ def measure(
     session.configure(config)
     rewind()
     if found:
-        results = [replace(r, output_error=error) for r, error in zip(results, found.errors(all_masks), strict=True)]
+        by_config = found.errors(all_cells, [(c.sink, c.window) for c in configs])
+        results = [_by_token(r, error, steps) for r, (error, steps) in zip(results, by_config, strict=True)]
     oracles = {r.budget: r.middle_recovery for r in results if r.predictor == "oracle"}  # spread or uniform, where there is one
     same = {(r.budget, r.budgets): r.middle_recovery for r in results if r.predictor == "oracle"}
     best = [same.get((r.budget, r.budgets), oracles.get(r.budget)) for r in results]
     return [replace(r, ratio_to_oracle=r.middle_recovery / o if o else None) for r, o in zip(results, best)]
+
+
+def _by_token(result: Recovery, output_error: float, steps: np.ndarray) -> Recovery:
+    recovery, middle = _means(steps)
+    of_recovery, of_middle = intervals(steps)
+    result = replace(result, output_error=output_error, recovery=recovery, middle_recovery=middle)
+    return replace(result, recovery_interval=of_recovery, middle_interval=of_middle)
 
 
 def _copied(sources, tokens, n_context, masks, truth, dense, sparse) -> dict:

@@ -48,7 +48,7 @@ def sweep(
             llm.eval(tokens[:n_context])
             rows.append({"context": n_context, "budget": 0, "hold": 0, "tok_s": _speed(llm, tokens, n_context, n_rounds)})
         for budget in budgets:
-            now = replace(config, budget=budget)
+            now = replace(config, budget=budget, trace=config.chooses_tokens)
             wanted = holds if budget == config.budget and n_context == max(contexts) else [config.steps_held]
             with contextlib.closing(Llama(path, n_ctx=n_context + 512, sparse=now, **shared)) as llm:
                 say(f"context {n_context}, budget {budget}")

@@ -52,7 +52,7 @@ def attention_caller(session: Session, fn: AttentionFn, calling_back: CallingBac
             full = np.zeros((of.n_head_kv, n_used), np.float32)
             index = attached.index_of(of.layer)
             for head in range(of.n_head_kv):
-                n = session.path.n_attended[index * of.n_head_kv + head]
+                n = attached.n_listed[index, head] + attached.n_chosen[index, head]
                 full[head, attached.blocks[index, head, :n]] = given[head, :n]
         else:
             full = given[:, :n_used].copy()
