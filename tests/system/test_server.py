@@ -259,7 +259,7 @@ def test_the_map(served, client, code):
     rows = [maps["resident"][i * kv["n_blocks"] : (i + 1) * kv["n_blocks"]] for i in range(30)]
     assert all(row[0] == 255 and row[-1] == 255 for row in rows)  # sink and window
     shares = sum(maps["resident"]) / 255 / 30
-    assert 0.8 * 256 / 16 < shares < 1.3 * 256 / 16 + 1  # blocks of a layer, in the mean
+    assert 0.8 * 256 / 16 < shares < 0.95 * kv["n_blocks"]  # blocks of a layer, in the mean, of which it attended to some tokens or all
     assert any(maps["fetched"]) and all(f <= r for f, r in zip(maps["fetched"], maps["resident"]))
     assert max(maps["attention"]) > 200
     blocks = "".join(get(served, f"/v1/kv/text?block={i}")["text"] for i in range(6))

@@ -25,7 +25,8 @@ def test_codes():
 
 @pytest.fixture(scope="module")
 def recorded(smollm2, code, tmp_path_factory):
-    llm = Llama(smollm2, n_ctx=1536, sparse=SparseConfig(budget=256, predictor="ema"), n_threads=2, n_threads_batch=2, verbose=False)
+    config = SparseConfig(budget=256, predictor="ema", grain=16)
+    llm = Llama(smollm2, n_ctx=1536, sparse=config, n_threads=2, n_threads_batch=2, verbose=False)
     tokens = llm.tokenize(code.encode())
     path = tmp_path_factory.mktemp("traces") / "code.npz"
     trace.record(llm, tokens[:1024], 1000, "code").save(path)

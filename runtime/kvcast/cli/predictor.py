@@ -21,6 +21,7 @@ from predictor_onnx.infer import PaperPredictor, open_predictor, resolve, shippe
 from predictor_onnx.protobuf import Damaged
 
 from .. import files
+from ..blocks import BLOCK_TOKENS
 from ..terminal import Console
 
 app = typer.Typer(no_args_is_help=True, help="The learned predictors: train, export, evaluate, describe.")
@@ -244,14 +245,14 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="Compute threads; all physical cores when not given.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Recovery of predictors in the live loop, teacher-forced; every combination of what is given."""
+    """Recovery of predictors in the live loop, which chooses blocks, teacher-forced; every combination of what is given."""
     from .. import Llama, SparseConfig
     from ..eval.recovery import measure
     from ..texts import DEFAULT_TEXT
     from .console import fetched
 
     configs = [
-        SparseConfig(budget=b, predictor=p, budget_allocation=spread, calibrate=c, hold=hold, path=where)
+        SparseConfig(budget=b, predictor=p, budget_allocation=spread, calibrate=c, hold=hold, path=where, grain=BLOCK_TOKENS)
         for b in budget or [512]
         for spread in budgets.split(",")
         for c in calibrate.split(",")
@@ -259,9 +260,9 @@ def evaluate(
     ]
     path = fetched(model)
     names = text or [str(DEFAULT_TEXT)]
-    quest, traced = any(c.predictor == "quest" for c in configs), any(c.chooses_tokens for c in configs)
+    traced = any(c.predictor == "quest" for c in configs)
     largest = max(c.budget for c in configs)
-    start = SparseConfig(largest, predictor="quest" if quest else "ema", path=where, untested=True, trace=traced)
+    start = SparseConfig(largest, predictor="quest" if traced else "ema", path=where, untested=True)
     report: dict[str, Any] = {"model": path.name, "context": context, "steps": steps, "documents": {}}
     more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     with contextlib.closing(Llama(path, n_ctx=context + steps + 64, sparse=start, verbose=False, **more)) as llm:

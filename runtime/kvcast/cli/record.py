@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..blocks import BLOCK_TOKENS
 from ..config import SparseConfig
 from ..texts import read_text
 from .console import fetched, notes, progress
@@ -34,7 +35,7 @@ def trace(
     from ..eval.record import record
     from ..llama.model import Llama
 
-    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, untested=True)
+    config = SparseConfig(budget=budget, predictor=predictor, calibrate=calibrate, hold=hold, untested=True, grain=BLOCK_TOKENS)
     documents = [(path.stem, read_text(path)) for path in text] if text else [(name, data.document(name)) for name in data.NAMES]
     contexts = [context] if context else [1536, 3072, 6144]
     path = fetched(model)
