@@ -175,7 +175,7 @@ class SparseConfig:
         if self.budget_allocation not in ("spread", "uniform"):
             raise ArgumentError(f"budget_allocation is {shown(self.budget_allocation)}; use 'spread' or 'uniform'")
         if self.grain not in GRAINS:
-            raise ArgumentError(f"grain is {self.grain}; use {', '.join(map(str, GRAINS))}")
+            raise ArgumentError(f"grain is {self.grain}; use 1, 4 or {BLOCK_TOKENS}")
         if self.path not in ("auto", "host", "device"):
             raise ArgumentError(f"path is {shown(self.path)}; use 'auto', 'host' or 'device'")
         if self.device:

@@ -243,6 +243,8 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         s.n_topk.resize(rows);
         s.n_chosen.resize(rows);
         s.threshold.resize(rows);
+        s.cells.resize(rows);
+        s.pieces.resize((size_t) info.n_head_kv * s.n_blocks * KVCAST_BLOCK); // enough for any grain
         s.pause.resize(rows);
         s.wait.resize(rows);
         s.weights.resize(rows * info.n_blocks, 1.0f);
@@ -270,7 +272,7 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
             bytes(kv->part_block_sum);
     if (kv->summary) {
         const auto & s = *kv->summary;
-        info.summary_bytes = bytes(s.codes) + bytes(s.means) + bytes(s.weights) + bytes(s.estimates);
+        info.summary_bytes = bytes(s.codes) + bytes(s.means) + bytes(s.weights) + bytes(s.estimates) + bytes(s.pieces);
         info.scratch_bytes += info.summary_bytes;
     }
 

@@ -60,13 +60,13 @@ struct kvcast_summary {
     std::vector<std::vector<int32_t>> cells; // [row] with a grain below a block: those chosen, ascending
     std::vector<float> pieces;               // the same: estimates of the layer that runs, [n_head_kv][n_blocks*16/grain]
     std::vector<int32_t> threshold;          // [row] of the last choice: a hint to the next
+    std::vector<int> pause;                  // [row] steps from one choice to the next, less one
+    std::vector<int> wait;                   // [row] steps until the next choice
+    std::vector<float> estimates;            // [row][cache blocks]
+    std::vector<float> rest_to_chosen;       // [row] estimates of what is not attended to / of the chosen blocks
+    std::vector<float> shares;               // [row]
 
     float * pieces_of(int head) { return &pieces[(size_t) head * n_blocks * (KVCAST_BLOCK / grain)]; }
-    std::vector<int> pause;            // [row] steps from one choice to the next, less one
-    std::vector<int> wait;             // [row] steps until the next choice
-    std::vector<float> estimates;      // [row][cache blocks]
-    std::vector<float> rest_to_chosen; // [row] estimates of what is not attended to / of the chosen blocks
-    std::vector<float> shares;         // [row]
 };
 
 // Userdata of one layer's graph nodes. Nodes run one after another, so everything but the counters is written by one thread.

@@ -138,7 +138,7 @@ inline vf exp2_rough(vf x) {
 #elif defined(__GNUC__)
     typedef uint32_t vi __attribute__((vector_size(4 * W)));
     const vf low = vf{} - 126.0f, high = vf{} + 100.0f;
-    x = x < low ? low : x;
+    x = x > low ? x : low; // nan too
     x = x > high ? high : x;
     const vf shifted = x + 12582912.0f; // rounds to an integer in the low mantissa bits
     const vf n = shifted - 12582912.0f;

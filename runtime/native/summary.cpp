@@ -378,8 +378,9 @@ int32_t kvcast_set_grain(kvcast_context * kv, int32_t grain) {
     }
     auto & s = *kv->summary;
     s.grain = grain;
-    s.cells.assign(grain < KVCAST_BLOCK ? s.n_topk.size() : 0, {});
-    s.pieces.resize(grain < KVCAST_BLOCK ? (size_t) kv->info.n_head_kv * s.n_blocks * (KVCAST_BLOCK / grain) : 0);
+    for (auto & cells : s.cells) {
+        cells.clear();
+    }
     kvcast_reselect(kv);
     return 0;
 }

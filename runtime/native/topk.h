@@ -88,7 +88,7 @@ void topk(const float * x, int n, int k, int32_t * out, int32_t * work, int32_t 
         const int32_t b = bits_of(x[i]);
         const bool equal = all ? b < 0 : b == least;
         out[n_out] = i;
-        n_out += b > least || (equal && n_equal > 0);
+        n_out += n_out < k && (b > least || (equal && n_equal > 0));
         n_equal -= equal;
     });
 }

@@ -36,11 +36,13 @@ def divides(header: Header, kv_type: str) -> bool:
 
 
 def summary_bytes(header: Header, n_ctx: int) -> int:
-    """Summary of the keys, host path: a quarter of the channels as 8-bit codes, block means of all, weights and estimates."""
+    """Summary of the keys, host path: a quarter of the channels as 8-bit codes, block means of all, weights and estimates; estimates of
+    every token of the layer that runs."""
     dim, n_blocks = header.head_dim_k, n_cells(n_ctx) // BLOCK_TOKENS
     n_channels = min(max(8, dim // 4), dim)
     n_padded = -(-n_blocks // 16) * 16
-    return _n_rows(header) * (n_channels * n_padded * BLOCK_TOKENS + dim * n_padded + 2 * 4 * n_blocks)
+    by_row = n_channels * n_padded * BLOCK_TOKENS + dim * n_padded + 2 * 4 * n_blocks
+    return _n_rows(header) * by_row + 4 * header.n_head_kv * n_padded * BLOCK_TOKENS
 
 
 def tap_bytes(header: Header, n_ctx: int) -> int:

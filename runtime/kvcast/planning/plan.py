@@ -174,9 +174,9 @@ class Planner:
         if path == "device":
             return n_ctx * header.store_bytes(256, kind, kind) / 256 / sum(sizes.pool_sizes(header, n_ctx, budget, self.kv_type))
         if path == "host":
-            # choosing reads an eighth of the channels of every key, and block means, 8 bits each, at about every second step
+            # choosing reads an eighth of the channels of every key, and block means, 8 bits each, at about four steps of five
             chooses = header.head_dim_k // 8 * BLOCK_TOKENS + header.head_dim_k
-            return 1 / (min(1, budget / n_ctx) + 0.5 * chooses / sizes.move_bytes(header, self.kv_type))
+            return 1 / (min(1, budget / n_ctx) + 0.8 * chooses / sizes.move_bytes(header, self.kv_type))
         return 1.0
 
 
