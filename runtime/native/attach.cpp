@@ -2,6 +2,7 @@
 #include "context.h"
 #include "pool.h"
 #include "prefill_stream.h"
+#include "sizes.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache-iswa.h"
@@ -183,24 +184,10 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
     info.k_row_bytes = (int64_t) k->nb[1];
     info.v_row_bytes = (int64_t) ggml_row_size(cache->type_v(), hparams.n_embd_v_gqa(ids[0]));
 
-    const size_t rows = (size_t) info.n_layer * info.n_head_kv;
-    const size_t taps = (size_t) info.n_layer * info.max_taps;
-    const size_t group = info.n_head / info.n_head_kv;
-
-    kv->blocks.resize(rows * info.n_blocks);
-    kv->n_listed.resize(rows);
-    kv->scores.resize(rows * info.n_blocks);
-    kv->history_scores.resize(taps * info.n_head_kv * info.n_blocks);
-    kv->lse.resize(taps * info.n_head);
-    if (params.trace & KVCAST_TRACE_HEAD) {
-        kv->trace_q.resize(taps * info.n_head * info.head_dim_k);
-    }
-    if (params.trace & KVCAST_TRACE_SCORES) {
-        kv->trace_scores.resize(taps * info.n_head * info.n_blocks);
-    }
-    kv->cell_pos.resize(info.n_cells, kvcast::NEVER);
-    kv->block_max_pos.resize(info.n_blocks, kvcast::NEVER);
-    kv->all_blocks.resize(info.n_blocks);
+    const auto allocate = [](auto & array, size_t n) { array.resize(n); };
+    kvcast::for_each_array(*kv, params, allocate);
+    std::fill(kv->cell_pos.begin(), kv->cell_pos.end(), kvcast::NEVER);
+    std::fill(kv->block_max_pos.begin(), kv->block_max_pos.end(), kvcast::NEVER);
     for (int b = 0; b < info.n_blocks; ++b) {
         kv->all_blocks[b] = b;
     }
@@ -219,7 +206,6 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         layer->chosen = std::make_unique<std::atomic<bool>[]>(info.n_head_kv);
         kv->layers.push_back(std::move(layer));
     }
-    kv->part_block_sum.resize((size_t) info.n_head_kv * group * info.n_blocks);
     if (const std::string not_met = why_not_hooked(*kv); !not_met.empty()) {
         snprintf(error, n_error, "%s", not_met.c_str());
         return nullptr;
@@ -228,29 +214,10 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
     if (params.summary) {
         kv->summary = std::make_unique<kvcast_summary>();
         auto & s = *kv->summary;
-        const int dim = info.head_dim_k;
-        s.n_channels = std::min(std::max(8, dim / 4), dim);
-        s.n_probed = std::min({std::max(4, dim / 8), dim, kvcast::MAX_CHANNELS});
-        s.n_blocks = (info.n_blocks + 15) / 16 * 16;
-        s.codes.resize(rows * s.n_channels * s.n_blocks * KVCAST_BLOCK);
-        s.means.resize(rows * dim * s.n_blocks);
-        s.channels.resize(rows * s.n_channels);
-        s.center.resize(rows * dim);
-        s.scale.resize(rows * dim);
-        s.spread.resize(rows * dim);
-        s.q_power.resize(rows * dim, 1.0f);
-        s.n_done.resize(rows);
-        s.n_topk.resize(rows);
-        s.n_chosen.resize(rows);
-        s.threshold.resize(rows);
-        s.cells.resize(rows);
-        s.pieces.resize((size_t) info.n_head_kv * s.n_blocks * KVCAST_BLOCK); // enough for any grain
-        s.pause.resize(rows);
-        s.wait.resize(rows);
-        s.weights.resize(rows * info.n_blocks, 1.0f);
-        s.estimates.resize(rows * info.n_blocks);
-        s.rest_to_chosen.resize(rows);
-        s.shares.resize(rows, 1.0f);
+        kvcast::for_each_array(s, info, allocate);
+        for (auto * ones : {&s.q_power, &s.weights, &s.shares}) {
+            std::fill(ones->begin(), ones->end(), 1.0f);
+        }
     }
 
     if (params.pool_blocks > 0) {
@@ -266,13 +233,12 @@ static kvcast_context * attach(llama_context * ctx, const kvcast_params & params
         }
     }
 
-    const auto bytes = [](const auto & v) { return (int64_t) (v.size() * sizeof(v[0])); };
-    info.scratch_bytes = bytes(kv->blocks) + bytes(kv->n_listed) + bytes(kv->scores) + bytes(kv->history_scores) + bytes(kv->lse) +
-            bytes(kv->trace_q) + bytes(kv->trace_scores) + bytes(kv->cell_pos) + bytes(kv->block_max_pos) + bytes(kv->all_blocks) +
-            bytes(kv->part_block_sum);
+    const auto counting = [](int64_t & bytes) {
+        return [&bytes](const auto & array, size_t) { bytes += array.size() * sizeof(array[0]); };
+    };
+    kvcast::for_each_array(*kv, params, counting(info.scratch_bytes));
     if (kv->summary) {
-        const auto & s = *kv->summary;
-        info.summary_bytes = bytes(s.codes) + bytes(s.means) + bytes(s.weights) + bytes(s.estimates) + bytes(s.pieces);
+        kvcast::for_each_array(*kv->summary, info, counting(info.summary_bytes));
         info.scratch_bytes += info.summary_bytes;
     }
 

@@ -256,12 +256,12 @@ void score(const kvcast::task & t) {
     }
 }
 
-// sums[j] += over queries and the cells of block b0 + j: 2^logit, in lanes; NC: channels, 0 when not known at compile time
+// sums[j] = over queries and the cells of block b0 + j: 2^logit, in lanes; NC: channels, 0 when not known at compile time
 // GRAIN: of what else is wanted, sums of so many cells; 16: nothing
 template <int NC, int GRAIN>
 inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float * base, vf * sums) {
     const int n_channels = NC ? NC : t.n_channels;
-    float cells[BLOCK];
+    vf quad[4] = {}; // vectors that are not in pieces yet
     for (int j = 0; j < BLOCK; ++j) {
         for (int v = 0; v < BLOCK / W; ++v) {
             vf codes[NC ? NC : kvcast::MAX_CHANNELS];
@@ -275,25 +275,18 @@ inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float
                 for (int i = 0; i < n_channels; ++i) {
                     x[i % 2] += t.channel_q[q * n_channels + i] * codes[i];
                 }
-                const vf e = exp2_rough(x[0] + x[1]);
-                sums[j] += e;
-                if (GRAIN < BLOCK) {
-                    of_cells += e;
-                }
+                of_cells += exp2_rough(x[0] + x[1]);
             }
+            sums[j] += of_cells;
+            const int at = j * (BLOCK / W) + v;
             if (GRAIN == 1) {
-                memcpy(t.pieces + (size_t) (b0 + j) * BLOCK + v * W, &of_cells, sizeof(of_cells));
-            } else if (GRAIN < BLOCK) {
-                memcpy(cells + v * W, &of_cells, sizeof(of_cells));
-            }
-        }
-        if (GRAIN > 1 && GRAIN < BLOCK) {
-            for (int i = 0; i < BLOCK / GRAIN; ++i) {
-                float sum = 0;
-                for (int l = 0; l < GRAIN; ++l) {
-                    sum += cells[i * GRAIN + l];
+                memcpy(t.pieces + (size_t) b0 * BLOCK + at * W, &of_cells, sizeof(of_cells));
+            } else if (GRAIN == 4) {
+                quad[at % 4] = of_cells;
+                if (at % 4 == 3) {
+                    const vf pieces = sums_of_4(quad);
+                    memcpy(t.pieces + (size_t) b0 * (BLOCK / 4) + at / 4 * W, &pieces, sizeof(pieces));
                 }
-                t.pieces[(size_t) (b0 + j) * (BLOCK / GRAIN) + i] = sum;
             }
         }
     }

@@ -88,7 +88,22 @@ struct kvcast_stats {
     int64_t device_us;          // that kvcast_collect waited for the device, the device path's steps
 };
 
+// What a context holds besides llama.cpp's own, in bytes.
+struct kvcast_sizes {
+    int64_t scratch; // lists and scores, on the host
+    int64_t summary; // of the keys, likewise
+    int64_t pool;    // on the device: slots, both staging buffers, what a step is sent and leaves
+    int64_t staging;
+    int64_t taps;
+    int64_t mirrors; // of the last two, on the host, pinned where that can be
+    int64_t stream;  // K and V of two layers on the device while a large batch runs, where all layers are served and on one GPU
+    int64_t landing; // and its pinned memory on the host
+};
+
 LLAMA_API const char * kvcast_version(void);
+// Of a context of this shape (all of info but kq_scale and the bytes that kvcast holds), without making one. n_batch: tokens of the
+// largest batch on a GPU.
+LLAMA_API struct kvcast_sizes kvcast_sizes_of(struct kvcast_info shape, struct kvcast_params params, int32_t n_batch);
 
 // NULL on refusal; then error (a buffer of n_error bytes) holds one sentence that says why.
 LLAMA_API struct kvcast_context * kvcast_attach(struct llama_context * ctx, struct kvcast_params params, char * error, int32_t n_error);

@@ -2,6 +2,7 @@
 #include "context.h"
 #include "pool.h"
 #include "prefill_stream.h"
+#include "sizes.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -12,7 +13,7 @@
 #include <cstring>
 #include <numeric>
 
-static size_t align(size_t n) { return (n + 255) / 256 * 256; }
+using kvcast::pool_align;
 
 ggml_backend_t kvcast::main_queue(const kvcast_context & kv) {
     auto * sched = kv.ctx->get_sched();
@@ -31,7 +32,7 @@ ggml_backend_t kvcast::main_queue(const kvcast_context & kv) {
 static bool place(kvcast_pool & pool, ggml_backend_buffer_type_t type, const std::vector<ggml_tensor *> & tensors, size_t & bytes) {
     bytes = 0;
     for (auto * t : tensors) {
-        bytes += align(ggml_backend_buft_get_alloc_size(type, t));
+        bytes += pool_align(ggml_backend_buft_get_alloc_size(type, t));
     }
     ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(type, bytes));
     if (!buffer) {
@@ -41,7 +42,7 @@ static bool place(kvcast_pool & pool, ggml_backend_buffer_type_t type, const std
     char * at = (char *) ggml_backend_buffer_get_base(buffer.get());
     for (auto * t : tensors) {
         ggml_backend_tensor_alloc(buffer.get(), t, at);
-        at += align(ggml_backend_buft_get_alloc_size(type, t));
+        at += pool_align(ggml_backend_buft_get_alloc_size(type, t));
     }
     pool.buffers.push_back(std::move(buffer));
     return true;
@@ -60,6 +61,36 @@ static ggml_tensor * alias(const kvcast_pool & pool, const ggml_tensor * of, ggm
     auto * t = ggml_new_tensor_2d(pool.tensors.get(), type, ne0, ne1);
     ggml_backend_tensor_alloc(of->buffer, t, of->data);
     return t;
+}
+
+kvcast::pool_groups kvcast::make_pool_tensors(kvcast_pool & pool, const kvcast_info & info, int n_blocks, int staging_share) {
+    const auto k_type = (ggml_type) info.type_k;
+    const auto v_type = (ggml_type) info.type_v;
+    const int64_t n_rows = (int64_t) info.n_layer * info.n_head_kv;
+    pool.n_slots = (int) (n_blocks * n_rows);
+    pool.n_staging = std::max(1, pool.n_slots / staging_share);
+    pool.k_block_bytes = KVCAST_BLOCK * ggml_row_size(k_type, info.head_dim_k);
+    pool.v_block_bytes = KVCAST_BLOCK * ggml_row_size(v_type, info.head_dim_v);
+    pool.tensors.reset(ggml_init({32 * ggml_tensor_overhead(), nullptr, true}));
+
+    auto * ctx = pool.tensors.get();
+    pool.k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) pool.n_slots * KVCAST_BLOCK);
+    pool.v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) pool.n_slots * KVCAST_BLOCK);
+    for (auto & s : pool.staged) {
+        s.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool.k_block_bytes / 2, pool.n_staging);
+        s.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool.v_block_bytes / 2, pool.n_staging);
+        s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, pool.n_staging);
+    }
+    pool.new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, n_rows);
+    pool.new_v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, n_rows);
+    pool.q = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k * info.n_head, info.n_layer);
+    pool.taps = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks * info.n_layer * info.n_head);
+    pool.rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_rows);
+    pool.new_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
+    pool.masks = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) n_blocks * info.n_layer * KVCAST_BLOCK * (info.n_head / info.n_head_kv));
+
+    const auto staged = [&](int i) { return std::vector<ggml_tensor *>{pool.staged[i].k, pool.staged[i].v, pool.staged[i].slots}; };
+    return {{pool.k, pool.v}, {staged(0), staged(1)}, {pool.new_k, pool.new_v, pool.q, pool.taps}, {pool.rows, pool.new_rows, pool.masks}};
 }
 
 std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_blocks, int staging_share, std::string & why_not) {
@@ -83,44 +114,22 @@ std::unique_ptr<kvcast_pool> kvcast::make_pool(const kvcast_context & kv, int n_
             return nullptr;
         }
     }
-    pool->n_slots = n_blocks * info.n_layer * info.n_head_kv;
-    pool->n_staging = std::max(1, pool->n_slots / staging_share);
-    pool->k_block_bytes = KVCAST_BLOCK * ggml_row_size(k_type, info.head_dim_k);
-    pool->v_block_bytes = KVCAST_BLOCK * ggml_row_size(v_type, info.head_dim_v);
-    pool->tensors.reset(ggml_init({32 * ggml_tensor_overhead(), nullptr, true}));
+    const auto groups = make_pool_tensors(*pool, info, n_blocks, staging_share);
     pool->queue.reset(ggml_backend_dev_init(pool->device, nullptr));
 
-    auto * ctx = pool->tensors.get();
     auto * type = ggml_backend_dev_buffer_type(pool->device);
-    size_t bytes = 0;
-    pool->k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) pool->n_slots * KVCAST_BLOCK);
-    pool->v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) pool->n_slots * KVCAST_BLOCK);
-    bool good = pool->queue && place(*pool, type, {pool->k, pool->v}, bytes);
+    size_t bytes = 0, in_bytes = 0;
+    bool good = pool->queue && place(*pool, type, groups.slots, bytes);
     pool->pool_bytes = bytes;
-
-    for (auto & s : pool->staged) {
-        s.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->k_block_bytes / 2, pool->n_staging);
-        s.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool->v_block_bytes / 2, pool->n_staging);
-        s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, pool->n_staging);
-        good = good && place(*pool, type, {s.k, s.v, s.slots}, bytes);
+    for (int i = 0; i < 2; ++i) {
+        auto & s = pool->staged[i];
+        good = good && place(*pool, type, groups.staging[i], bytes);
         pool->staging_bytes += bytes;
-
-        const size_t n_host = ggml_nbytes(s.k) + ggml_nbytes(s.v) + ggml_nbytes(s.slots);
-        s.host = host_memory(*pool, n_host);
+        s.host = host_memory(*pool, ggml_nbytes(s.k) + ggml_nbytes(s.v) + ggml_nbytes(s.slots));
         good = good && s.host;
     }
-
-    pool->new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) info.n_head_kv * info.n_layer);
-    pool->new_v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) info.n_head_kv * info.n_layer);
-    pool->q = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) info.head_dim_k * info.n_head, info.n_layer);
-    pool->taps = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) n_blocks * info.n_layer * info.n_head);
-    good = good && place(*pool, type, {pool->new_k, pool->new_v, pool->q, pool->taps}, bytes);
-    pool->rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, (int64_t) info.n_head_kv * info.n_layer);
-    pool->new_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) info.n_head_kv * info.n_layer);
-    pool->masks = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) n_blocks * info.n_layer * KVCAST_BLOCK * kv.group());
-    size_t in_bytes = 0;
-    good = good && place(*pool, type, {pool->rows, pool->new_rows, pool->masks}, in_bytes);
-    pool->masks_at = align(ggml_nbytes(pool->rows)) + align(ggml_nbytes(pool->new_rows));
+    good = good && place(*pool, type, groups.outbox, bytes) && place(*pool, type, groups.inbox, in_bytes);
+    pool->masks_at = pool_align(ggml_nbytes(pool->rows)) + pool_align(ggml_nbytes(pool->new_rows));
     const size_t inbox_bytes = pool->masks_at + ggml_nbytes(pool->masks);
     pool->sent = host_memory(*pool, inbox_bytes);
     pool->received = host_memory(*pool, bytes);
@@ -169,7 +178,7 @@ bool kvcast::send_inbox(kvcast_context & kv, int32_t new_cell) {
     const int n_fixed = pool.n_sink + pool.n_window;
 
     auto * rows = (int64_t *) pool.sent;
-    auto * new_rows = (int32_t *) (pool.sent + align(ggml_nbytes(pool.rows)));
+    auto * new_rows = (int32_t *) (pool.sent + pool_align(ggml_nbytes(pool.rows)));
     for (int row = 0; row < info.n_layer * info.n_head_kv; ++row) {
         const int layer = row / info.n_head_kv;
         const int n = kv.n_listed[row];

@@ -87,6 +87,8 @@ struct kvcast_pool {
 
 namespace kvcast {
 
+// bytes that a tensor takes in one of the pool's buffers
+inline size_t pool_align(size_t n) { return (n + 255) / 256 * 256; }
 // nullptr and a reason on refusal
 std::unique_ptr<kvcast_pool> make_pool(const kvcast_context & kv, int n_blocks, int staging_share, std::string & why_not);
 // the backend of the context that computes on the pool's device

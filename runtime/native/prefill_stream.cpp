@@ -16,6 +16,8 @@
 static constexpr int64_t GROW = 16384;    // cells
 static constexpr int64_t PIECE = 4 << 20; // bytes: a copy in one piece holds up small ones of the compute
 
+int64_t kvcast::stream_rows(int64_t n, int64_t n_cells) { return std::min((n + GROW - 1) / GROW * GROW, n_cells); }
+
 std::unique_ptr<kvcast_stream> kvcast::make_stream(const kvcast_context & kv) {
     const auto & model = kv.ctx->get_model();
     auto stream = std::make_unique<kvcast_stream>();
@@ -67,7 +69,7 @@ static bool make_room(kvcast_context & kv, int64_t n_rows, int64_t n_new) {
         return true;
     }
     free_memory(s);
-    n_rows = std::min<int64_t>((n_rows + GROW - 1) / GROW * GROW, kv.info.n_cells);
+    n_rows = kvcast::stream_rows(n_rows, kv.info.n_cells);
     s.tensors.reset(ggml_init({4 * ggml_tensor_overhead(), nullptr, true}));
     for (int i = 0; i < 2; ++i) {
         s.k[i] = ggml_new_tensor_2d(s.tensors.get(), (ggml_type) kv.info.type_k, (int64_t) kv.info.head_dim_k * kv.info.n_head_kv, n_rows);

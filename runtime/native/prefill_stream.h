@@ -47,6 +47,8 @@ namespace kvcast {
 
 // memory on the host that the device copies from and to, pinned where it can be; nullptr: there is none left
 ggml_backend_buffer_ptr host_buffer(ggml_backend_dev_t device, size_t bytes);
+// cells that a buffer is made for, to hold n of a cache's n_cells
+int64_t stream_rows(int64_t n, int64_t n_cells);
 // nullptr where the layers do not all lie on one GPU
 std::unique_ptr<kvcast_stream> make_stream(const kvcast_context & kv);
 // whether the graph that was built last streams and still finds its buffers

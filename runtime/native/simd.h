@@ -218,6 +218,25 @@ inline vf add_4(const vf * a) {
 #endif
 }
 
+// the sums of each 4 of the 4*W numbers in 4 vectors, in their order
+inline vf sums_of_4(const vf * a) {
+#if defined(__AVX512F__)
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (vf) _mm512_permutexvar_ps(order, (__m512) add_4(a));
+#elif defined(__AVX2__)
+    return (vf) _mm256_permutevar8x32_ps((__m256) add_4(a), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#else
+    float x[4 * W], sums[W];
+    memcpy(x, a, sizeof(x));
+    for (int i = 0; i < W; ++i) {
+        sums[i] = (x[4 * i] + x[4 * i + 1]) + (x[4 * i + 2] + x[4 * i + 3]);
+    }
+    vf y;
+    memcpy(&y, sums, sizeof(y));
+    return y;
+#endif
+}
+
 // dst[4*g + j] from the lanes of quads[g]
 inline void store_sums(const vf * quads, float * dst) {
 #if defined(__AVX512F__)

@@ -34,9 +34,9 @@ void topk(const float * x, int n, int k, int32_t * out, int32_t * work, int32_t 
     constexpr int32_t NEAR = 1 << 21;    // a quarter more or less
     int32_t low = -1, high = 0x7ffffffe; // more than k are above low, at most k above high
     int n_low = n, n_high = 0;           // how many
-    int32_t t[3] = {*hint - NEAR, *hint, *hint + NEAR};
-    if (t[0] <= low || t[2] >= high) {
-        t[0] = 0x20000000, t[1] = 0x30000000, t[2] = 0x3c000000;
+    int32_t t[3] = {0x20000000, 0x30000000, 0x3c000000};
+    if (*hint > NEAR && *hint < high - NEAR) {
+        t[0] = *hint - NEAR, t[1] = *hint, t[2] = *hint + NEAR;
     }
     while (high - low > 1 && n_low - n_high > FEW && n_high < k) {
         int c[3] = {};

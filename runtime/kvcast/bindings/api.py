@@ -75,6 +75,10 @@ class kvcast_pool_info(ctypes.Structure):
     ]
 
 
+class kvcast_sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("scratch", "summary", "pool", "staging", "taps", "mirrors", "stream", "landing")]
+
+
 class kvcast_stats(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64) for name in ("n_steps", "attention_us", "blocks_read", "choose_us", "summary_bytes_read", "device_us")
@@ -84,6 +88,8 @@ class kvcast_stats(ctypes.Structure):
 # fmt: off
 @ctypes_function("kvcast_version", [], ctypes.c_char_p)
 def kvcast_version() -> bytes: ...
+@ctypes_function("kvcast_sizes_of", [kvcast_info, kvcast_params, ctypes.c_int32], kvcast_sizes)
+def kvcast_sizes_of(shape, params, n_batch, /) -> kvcast_sizes: ...
 @ctypes_function("kvcast_attach", [llama_cpp.llama_context_p_ctypes, kvcast_params, ctypes.c_char_p, ctypes.c_int32], kvcast_p)
 def kvcast_attach(ctx, params, error, n_error, /): ...
 @ctypes_function("kvcast_detach", [kvcast_p], None)

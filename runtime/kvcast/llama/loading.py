@@ -92,7 +92,7 @@ def _check_memory(header: Header, n_ctx: int, kwargs: dict[str, Any], summary: b
     n_ubatch = kwargs.get("n_ubatch", 512) if kwargs.get("swa_full") is False else None
     need = header.store_bytes(n_ctx, kwargs.get("type_k") or 1, kwargs.get("type_v") or 1, n_ubatch)
     if summary:
-        need += sizes.summary_bytes(header, n_ctx)
+        need += sizes.allocated(header, n_ctx).summary
     free = psutil.virtual_memory().available
     if need > free and not (kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True)):
         per_token = header.store_bytes(256) / 256

@@ -132,17 +132,17 @@ class Planner:
             Part("token embedding", "host", embedding),
             Part("KV cache (store)", store_at, header.store_bytes(n_ctx, kind, kind, None if path == "dense" else n_ubatch)),
         ]
-        if path == "device":
-            pool, staging, taps = sizes.pool_sizes(header, n_ctx, self.budget(path, n_ctx), self.kv_type)
-            found += [Part("pool", "device", pool), Part("staging", "device", staging), Part("taps", "device", taps)]
-            found += [Part("staging and taps, host side", "host", staging + taps)]
-        if path == "host":
-            found += [Part("summary of keys", "host", sizes.summary_bytes(header, n_ctx))]
         if path != "dense":
-            history = sizes.history_bytes(header, n_ctx, self.budget(path, n_ctx) if path == "device" else 0)
-            found += [Part("scores and history", "host", sizes.scratch_bytes(header, n_ctx) + history)]
-            if on_device:
-                found += [Part("a prompt's K and V", "device", sizes.stream_bytes(header, n_ctx, self.kv_type))]
+            pool_tokens = self.budget(path, n_ctx) if path == "device" else 0
+            held = sizes.allocated(header, n_ctx, kind, pool_tokens, n_ubatch)
+            found += [Part("scores and history", "host", held.scratch + sizes.history_bytes(header, n_ctx, pool_tokens))]
+            if path == "host":
+                found += [Part("summary of keys", "host", held.summary)]
+            else:
+                found += [Part("pool", "device", held.pool), Part("staging", "device", held.staging), Part("taps", "device", held.taps)]
+                found += [Part("staging and taps, host side", "host", held.mirrors)]
+            if on_device and not header.n_layer_swa:  # where those lie between, llama.cpp's scheduler copies
+                found += [Part("a prompt's K and V", "device", held.stream), Part("the same, on their way", "host", held.landing)]
         compute = sizes.compute_bytes(header, n_ctx, n_ubatch, self.kv_type, copies_kv)
         found += [
             Part("compute buffers", weights, compute, estimate=True),
@@ -172,7 +172,8 @@ class Planner:
         """Bytes of a dense cache, to those of KV on the device; host path: to those that a step reads."""
         header, kind, budget = self.header, sizes.KV_TYPES[self.kv_type], self.budget(path, n_ctx)
         if path == "device":
-            return n_ctx * header.store_bytes(256, kind, kind) / 256 / sum(sizes.pool_sizes(header, n_ctx, budget, self.kv_type))
+            held = sizes.allocated(header, n_ctx, kind, budget)
+            return n_ctx * header.store_bytes(256, kind, kind) / 256 / float(held.pool + held.staging + held.taps)
         if path == "host":
             # choosing reads an eighth of the channels of every key, and block means, 8 bits each, at about four steps of five
             chooses = header.head_dim_k // 8 * BLOCK_TOKENS + header.head_dim_k
