@@ -45,3 +45,11 @@ def serve(models: list[ModelSettings], documents: DocumentCache | None = None, *
 def get(served, path, **headers):
     request = urllib.request.Request(f"{served.url}{path}", headers={"Authorization": "Bearer secret", **headers})
     return json.load(urllib.request.urlopen(request, timeout=10))
+
+
+SHORT = [{"role": "user", "content": "Name one animal."}]
+NO_END = {"2": -100, "0": -100}  # SmolLM2's tokens that end an answer
+
+
+def ask(client, messages=SHORT, **options):
+    return client.chat.completions.create(**{"model": "sparse", "messages": messages, "max_tokens": 8, "temperature": 0, **options})

@@ -79,9 +79,10 @@ def tap_bytes(header: Header, n_ctx: int) -> int:
 
 
 def history_bytes(header: Header, n_ctx: int, pool_tokens: int = 0) -> int:
-    """Of every block five averages, when it was seen and what was predicted of it, and the lists that selections work on, in Python; of
-    every slot of a pool what eight steps gave it."""
-    return 4 * _n_rows(header) * ((5 + 2 + 5) * (n_cells(n_ctx) // BLOCK_TOKENS) + (1 + 8) * (pool_tokens // BLOCK_TOKENS))
+    """NumPy arrays, of every block: five averages, when it was seen and what was predicted of it; the lists that a step's are selected
+    into, two arrays on the host path and five on the device path. Of every slot of a pool: its block, and what eight steps gave it."""
+    of_block = 5 + 2 + (5 if pool_tokens else 2)
+    return 4 * _n_rows(header) * (of_block * (n_cells(n_ctx) // BLOCK_TOKENS) + (1 + 8) * (pool_tokens // BLOCK_TOKENS))
 
 
 def move_bytes(header: Header, kv_type: str) -> int:
