@@ -100,6 +100,28 @@ inline void for_query_runs(int n_q, F && f) {
     }
 }
 
+// the same in runs of at most 4
+template <class F>
+inline void for_fours(int n_q, F && f) {
+    int iq = 0;
+    for (; iq + 4 <= n_q; iq += 4) {
+        f(std::integral_constant<int, 4>(), iq);
+    }
+    switch (n_q - iq) {
+        case 3:
+            f(std::integral_constant<int, 3>(), iq);
+            break;
+        case 2:
+            f(std::integral_constant<int, 2>(), iq);
+            break;
+        case 1:
+            f(std::integral_constant<int, 1>(), iq);
+            break;
+        default:
+            break;
+    }
+}
+
 // f(rows) for one block: in place when the store is f16 and the machine converts, widened into `wide` otherwise
 template <class F>
 inline void with_block(const kvcast::rows & r, int32_t b, float * wide, F && f) {
@@ -260,29 +282,39 @@ void score(const kvcast::task & t) {
 // GRAIN: of what else is wanted, sums of so many cells; 16: nothing
 template <int NC, int GRAIN>
 inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float * base, vf * sums) {
+    constexpr int V = BLOCK / W; // vectors in a block
     const int n_channels = NC ? NC : t.n_channels;
     vf quad[4] = {}; // vectors that are not in pieces yet
     for (int j = 0; j < BLOCK; ++j) {
-        for (int v = 0; v < BLOCK / W; ++v) {
-            vf codes[NC ? NC : kvcast::MAX_CHANNELS];
-            for (int i = 0; i < n_channels; ++i) {
-                codes[i] = widen_codes(t.channels[i] + (size_t) (b0 + j) * BLOCK + v * W);
-            }
-            vf of_cells = {};
-            for (int q = 0; q < t.n_q; ++q) {
-                vf x[2] = {}; // two chains
-                x[0] += base[q * BLOCK + j];
-                for (int i = 0; i < n_channels; ++i) {
-                    x[i % 2] += t.channel_q[q * n_channels + i] * codes[i];
+        vf of_cells[V] = {};
+        for_fours(t.n_q, [&](auto count, int iq) {
+            vf x[count][V];
+            for (int q = 0; q < count; ++q) {
+                for (int v = 0; v < V; ++v) {
+                    x[q][v] = vf{} + base[(iq + q) * BLOCK + j];
                 }
-                of_cells += exp2_rough(x[0] + x[1]);
             }
-            sums[j] += of_cells;
-            const int at = j * (BLOCK / W) + v;
+            for (int i = 0; i < n_channels; ++i) {
+                for (int v = 0; v < V; ++v) {
+                    const vf codes = widen_codes(t.channels[i] + (size_t) (b0 + j) * BLOCK + v * W);
+                    for (int q = 0; q < count; ++q) {
+                        x[q][v] += t.channel_q[(iq + q) * n_channels + i] * codes;
+                    }
+                }
+            }
+            for (int q = 0; q < count; ++q) {
+                for (int v = 0; v < V; ++v) {
+                    of_cells[v] += exp2_linear(x[q][v]);
+                }
+            }
+        });
+        for (int v = 0; v < V; ++v) {
+            sums[j] += of_cells[v];
+            const int at = j * V + v;
             if (GRAIN == 1) {
-                memcpy(t.pieces + (size_t) b0 * BLOCK + at * W, &of_cells, sizeof(of_cells));
+                memcpy(t.pieces + (size_t) b0 * BLOCK + at * W, &of_cells[v], sizeof(vf));
             } else if (GRAIN == 4) {
-                quad[at % 4] = of_cells;
+                quad[at % 4] = of_cells[v];
                 if (at % 4 == 3) {
                     const vf pieces = sums_of_4(quad);
                     memcpy(t.pieces + (size_t) b0 * (BLOCK / 4) + at / 4 * W, &pieces, sizeof(pieces));

@@ -63,7 +63,7 @@ def test_choice_against_numpy(name, kind, request, code, kernels):
                 logits = naive.summary(keys[: n_used - 1], power[layer, head], max(8, d // 4), max(4, d // 8), q)
                 ends = np.concatenate([keys[0] @ q.T, keys[-1, : position % 16 + 1] @ q.T])
                 reference = np.log(np.exp(ends - ends.max(0)).sum(0)) + ends.max(0)
-                expected = np.exp(np.minimum(logits - reference[:, None, None] - np.log(group), 100 * np.log(2))).sum((0, 2))
+                expected = naive.exp2_linear((logits - reference[:, None, None] - np.log(group)) / np.log(2)).sum((0, 2))
                 estimates = attached.estimates[layer, head, begin:end]
                 # a code that falls on the other side of a half changes an estimate by a little
                 close = np.isclose(estimates, expected[begin:end], rtol=0.02, atol=1e-6)
@@ -122,7 +122,8 @@ def test_tokens_against_numpy(name, kind, grain, request, code, kernels):
                 keys = k[: n_used * 16, head].reshape(-1, 16, d)
                 logits = naive.summary(keys[: n_used - 1], power[layer, head], max(8, d // 4), max(4, d // 8), q * info.kq_scale)
                 ends = np.concatenate([keys[0] @ q.T, keys[-1, : N % 16 + 1] @ q.T]) * info.kq_scale
-                value = np.exp(logits - np.log(np.exp(ends - ends.max(0)).sum(0))[:, None, None] - ends.max(0)[:, None, None]).sum(0)
+                reference = np.log(np.exp(ends - ends.max(0)).sum(0)) + ends.max(0)
+                value = naive.exp2_linear((logits - reference[:, None, None] - np.log(group)) / np.log(2)).sum(0)
                 value[[0, 1, 7, *range(end, n_used - 1)]] = -1
                 best = np.argsort(-value.reshape(-1, grain).sum(1))[: len(pieces)]
                 overlap.append(np.isin(pieces[:, 0] // grain, best).mean())

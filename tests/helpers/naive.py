@@ -109,3 +109,8 @@ def gather(rows_of_layers, head_bytes, moves):
     """rows_of_layers: (n_cells, row_bytes) by layer; moves: (layer, head, block)."""
     blocks = [rows_of_layers[layer][b * 16 : b * 16 + 16, h * head_bytes : (h + 1) * head_bytes] for layer, h, b in moves]
     return np.concatenate([b.ravel() for b in blocks])
+
+
+def exp2_linear(x):
+    """2^x as the summary estimates it: linear between whole x, as the bits of a float are."""
+    return (np.clip(x, -126, 100) * 8388608.0 + 1064866805.0).astype(np.int32).view(np.float32)
