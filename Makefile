@@ -78,7 +78,7 @@ build/convert/.installed: pyproject.toml
 
 # the contracts at 4,096 tokens: a quarter of an hour
 test-long: $(VENV)/.installed reference
-	KVCAST_LONG=1 $(BIN)/python -m pytest tests/contract/test_contract.py
+	KVCAST_LONG=1 $(BIN)/python -m pytest tests/contract/test_contract.py tests/contract/test_exact_answers.py
 
 # long runs: half an hour
 soak: $(VENV)/.installed
@@ -112,7 +112,7 @@ sanitize: build/sanitize/.built
 	PYTHONPATH=tests/helpers $(BIN)/python -c "import shapes; shapes.write_shape('$(TINY)')"
 	build/sanitize/thread/bin/handover $(TINY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/address/bin/handover $(TINY)
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	    PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest -m sanitize -k "not qwen"
 
 build/sanitize/.built: $(wildcard runtime/native/* patches/*) tests/native/handover.cpp runtime/CMakeLists.txt $(VENV)/.installed

@@ -38,6 +38,7 @@ _CHECKS: dict[str, Check] = {
     "path": text,
     "prefetch": flag,
     "untested": flag,
+    "exact": flag,
 }
 
 
@@ -79,8 +80,8 @@ class SparseConfig:
     Parameters
     ----------
     budget : int
-        Tokens per KV head and layer that a step attends to, sink and window included; with ``budget_allocation="spread"``
-        in the mean over the model.
+        Tokens per KV head and layer that a step attends to, sink and window included; where budgets are spread
+        (``budget_allocation``) in the mean over the model.
     compression : float or None
         Instead of ``budget``: the budget is context / compression, renewed at each selection.
     predictor : str
@@ -105,7 +106,7 @@ class SparseConfig:
         host path and ``off`` on the device path, whose sets are a step old: there a single query says little (docs/device.md).
     budget_allocation : str
         ``spread`` (one total, given to the layers and KV heads where attention is predicted to be wide) or ``uniform``
-        (the same for all).
+        (the same for all). ``auto`` is ``uniform`` where steps choose single tokens, and ``spread`` elsewhere (docs/tuning.md).
     dense_layers : int
         The first layers, which attend to everything; they come on top of the budget.
     min_recovery : float
@@ -123,6 +124,10 @@ class SparseConfig:
     grain : int
         Tokens that a step chooses together, where it chooses itself (``calibrate="summary"``): single ones (1), pieces of 4, or
         blocks of 16, which follow the forecast too. The budget is as many tokens in each case (docs/tuning.md).
+    exact : bool
+        Answers are those of dense attention: sparse steps draft some tokens, one dense batch checks them, and what it does not confirm is
+        taken back (speculative decoding, arXiv 2211.17192, with the model as its own draft). Greedy answers are equal but where two tokens
+        are as likely within rounding; sampled ones follow the dense distribution.
 
     Raises
     ------
@@ -139,7 +144,7 @@ class SparseConfig:
     window: int = 64
     hold: int | None = None
     calibrate: str = "auto"
-    budget_allocation: str = "spread"
+    budget_allocation: str = "auto"
     dense_layers: int = 0
     min_recovery: float = 0.0
     trace: bool = False
@@ -147,6 +152,7 @@ class SparseConfig:
     prefetch: bool = True
     untested: bool = False
     grain: int = 1
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.calibrate, str) and self.calibrate.startswith("host:"):
@@ -172,8 +178,8 @@ class SparseConfig:
             raise ArgumentError(
                 f"calibrate is {shown(self.calibrate)}; use 'auto', 'summary', 'dense:M' or 'layers:M' with M >= 1, or 'off'"
             )
-        if self.budget_allocation not in ("spread", "uniform"):
-            raise ArgumentError(f"budget_allocation is {shown(self.budget_allocation)}; use 'spread' or 'uniform'")
+        if self.budget_allocation not in ("auto", "spread", "uniform"):
+            raise ArgumentError(f"budget_allocation is {shown(self.budget_allocation)}; use 'auto', 'spread' or 'uniform'")
         if self.grain not in GRAINS:
             raise ArgumentError(f"grain is {self.grain}; use 1, 4 or {BLOCK_TOKENS}")
         if self.path not in ("auto", "host", "device"):
@@ -222,6 +228,13 @@ class SparseConfig:
     def chooses_tokens(self) -> bool:
         """Whether steps choose single tokens, or pieces of a block."""
         return self.summary and self.grain < BLOCK_TOKENS
+
+    @property
+    def allocation(self) -> str:
+        """``spread`` or ``uniform``: ``budget_allocation``, or what ``auto`` stands for."""
+        if self.budget_allocation != "auto":
+            return self.budget_allocation
+        return "uniform" if self.chooses_tokens else "spread"
 
     @property
     def calibrate_every(self) -> int:

@@ -17,6 +17,7 @@ from .options import (
     Budget,
     Budgets,
     Calibrate,
+    Exact,
     GpuLayers,
     Grain,
     Hold,
@@ -47,6 +48,7 @@ def chat(
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budget_allocation,
     grain: Grain = DEFAULT.grain,
+    exact: Exact = DEFAULT.exact,
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
@@ -70,7 +72,7 @@ def chat(
 
     if session is not None:
         check_place(session)
-    sparse = sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested)
+    sparse = sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested, exact)
     document = "\n\n".join(read_text(path) for path in file or [])
     more = placement(gpu_layers, kv_type)
     gguf = fetched(model)

@@ -61,6 +61,46 @@ def fidelity(
         curves(means, json_file.with_suffix(".png"), title)
 
 
+@app.command("exact")
+def exactness(
+    model: ModelName = "smollm2",
+    context: Annotated[int, typer.Option(help="Tokens of prompt.")] = 4096,
+    budget: Budget = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Documents; repeatable. Default: five of different kinds.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many documents; 0: all.")] = 0,
+    answers: Annotated[int, typer.Option(help="To each document, after parts of it.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Of an answer.")] = 100,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Exact answers (--exact) beside dense ones: equal tokens, drafts accepted, speed."""
+    from ..config import SparseConfig
+    from ..eval.exactness import exactness, rounding, table
+    from ..eval.fidelity import documents
+    from ..eval.report import markdown, origin
+    from ..llama.model import Llama
+    from .console import fetched, progress
+
+    (budget_tokens,) = _budgets(budget, context)
+    path = fetched(model)
+    more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
+    more.update(n_ctx=-(-(context + tokens + 64) // 256) * 256, verbose=False)
+    config = SparseConfig(budget=budget_tokens, exact=True, untested=True)
+    with contextlib.closing(Llama(path, sparse=config, **more)) as exact, contextlib.closing(Llama(path, flash_attn=True, **more)) as dense:
+        texts = documents(dense, text or [], context, limit, whole=answers > 1)
+        with progress(f"{path.stem}, {context} tokens") as update:
+            rows = exactness(dense, exact, texts, context, answers, tokens, update)
+            moved = max(rounding(dense, text[:context], 16) for text in texts.values())
+    _show(table(rows))
+    console.print(f"gap: of dense's logits where answers part; evaluating a token in a batch alone moves them by up to {moved:.3f}")
+    report = {**origin(path, context=context, budget=budget_tokens, tokens=tokens), "rounding": moved, "answers": rows}
+    _write(
+        json_file,
+        report,
+        lambda: markdown(table(rows), f"{path.stem}, {context} tokens, budget {budget_tokens}, {tokens} tokens an answer"),
+    )
+
+
 Tasks = Annotated[str, typer.Option(help="Comma-separated; `ruler` for the eleven, `all` with passkey and kv.")]
 Samples = Annotated[int, typer.Option("--samples", "--limit", help="Samples a task.")]
 Few = Annotated[int, typer.Option(help="Samples a task of selectors other than the first two; 0: as many.")]

@@ -13,8 +13,9 @@ ModelName = Annotated[str, typer.Option("--model", "-m", help="A name from `kvca
 Budget = Annotated[int, typer.Option(help="Tokens each KV head attends to, sink and window included.")]
 Predictor = Annotated[str, typer.Option(help="auto, ema, last, window, onnx:NAME; oracle, quest for evaluation.")]
 Calibrate = Annotated[str, typer.Option(help="auto, summary, dense:M, layers:M or off.")]
-Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform.")]
+Budgets = Annotated[str, typer.Option(help="spread over layers and heads, or uniform; auto: uniform where steps choose tokens.")]
 Grain = Annotated[int, typer.Option(help="Tokens that a step chooses together: 1, 4 or 16 (a block).")]
+Exact = Annotated[bool, typer.Option("--exact", help="Answers of dense attention: sparse steps draft, a dense batch checks them.")]
 Hold = Annotated[int | None, typer.Option(help="Steps for which a prediction is kept; 32 with a summary, else 8.")]
 Where = Annotated[str, typer.Option(help="host: attend beside the store; device: from a pool on the device, prefetched.")]
 Prefetch = Annotated[bool, typer.Option(help="Device path: bring blocks to the pool beside the steps.")]
@@ -26,7 +27,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report 
 DEFAULT = SparseConfig()
 
 
-def sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested) -> SparseConfig:
+def sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested, exact=False) -> SparseConfig:
     return SparseConfig(
         budget,
         None,
@@ -38,6 +39,7 @@ def sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, pref
         path=path,
         prefetch=prefetch,
         untested=untested,
+        exact=exact,
     )
 
 

@@ -17,6 +17,7 @@ from .options import (
     Budget,
     Budgets,
     Calibrate,
+    Exact,
     GpuLayers,
     Grain,
     Hold,
@@ -48,6 +49,7 @@ def serve(
     hold: Hold = DEFAULT.hold,
     budgets: Budgets = DEFAULT.budget_allocation,
     grain: Grain = DEFAULT.grain,
+    exact: Exact = DEFAULT.exact,
     path: Where = DEFAULT.path,
     prefetch: Prefetch = DEFAULT.prefetch,
     threads: Threads = None,
@@ -66,7 +68,7 @@ def serve(
         raise KvcastError(f"the server needs {error.name}, which is not installed; {install_line('serve')}") from error
 
     of_model = (
-        "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "grain", "path", "prefetch", "threads",
+        "model", "n_ctx", "budget", "dense", "predictor", "calibrate", "hold", "budgets", "grain", "exact", "path", "prefetch", "threads",
         "gpu_layers", "kv_type", "untested",
     )  # fmt: skip
     given = [name for name in of_model if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"]
@@ -75,7 +77,7 @@ def serve(
             raise KvcastError(f"{given[0]} is given beside --config; write it into {str(config)!r}")
         server, found = read_config(config)
     else:
-        sparse = sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested)
+        sparse = sparse_config(budget, predictor, hold, calibrate, budgets, grain, path, prefetch, untested, exact)
         name = model or "smollm2"
         more = placement(gpu_layers, kv_type)
         if threads:

@@ -164,7 +164,7 @@ class DevicePath(AttentionPath):
     def configured(self, before: SparseConfig) -> None:
         config = self.policy.config
         self._planned &= all(
-            getattr(config, name) == getattr(before, name) for name in ("budget", "compression", "budget_allocation", "sink", "window")
+            getattr(config, name) == getattr(before, name) for name in ("budget", "compression", "allocation", "sink", "window")
         )
 
     def prepare(self, n_tokens: int, n_since: int, poor: bool, last: StepResult | None) -> Step:
@@ -288,7 +288,7 @@ class DevicePath(AttentionPath):
         slots = np.full(n_layer, n_mean, np.int32)
         least = -(-(self._n_fixed + 1) // 16) * 16
         n_used = -(-n_tokens // BLOCK_TOKENS)
-        if self.policy.config.budget_allocation == "spread" and least < n_mean < n_used:
+        if self.policy.config.allocation == "spread" and least < n_mean < n_used:
             middle = self.policy.predictor.predict(self.history, n_used)[:, self._n_sink : n_used - self._n_window]
             mass = np.maximum(-np.sort(-middle, 1), 0).reshape(n_layer, -1, middle.shape[1]).sum(1)
             # the first blocks of every layer's slots are sink and window: no gain in those

@@ -160,11 +160,11 @@ class HostPath(AttentionPath):
         if summary:
             assert into.weights is not None
             into.topk_range = select_candidates(
-                scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_topk, into.weights, config.budget_allocation
+                scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.n_topk, into.weights, config.allocation
             )
             into.shares[:] = 1.0  # rows that choose put their own in its place
         else:
-            select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, config.budget_allocation)
+            select(scores, n_used, n_budget, n_sink, n_window, into.blocks, into.n_listed, into.shares, config.allocation)
             into.n_topk[:], into.topk_range = 0, (0, 0)
         if n_dense := int(np.searchsorted(self.attached.layers, config.dense_layers)) * self.attached.info.n_head_kv:
             list_all(n_used, into.blocks[:n_dense], into.n_listed[:n_dense])

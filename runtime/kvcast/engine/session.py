@@ -253,7 +253,7 @@ class Session:
         tokens = ids[n_stay:n_tokens].tolist() + tokens
         if not self.history.primed or len(tokens) > n_whole:
             self.prompt(tokens, held=held)
-        elif len(tokens) > 1:
+        elif len(tokens) > 1 or self.config.exact:
             self.verify(tokens)
         else:
             if self.config.predictor in predictors.LOOK_AHEAD:
@@ -322,8 +322,29 @@ class Session:
         self._end()
         self.observers.tell_kv(self.n_tokens)
 
-    def step(self, token: int) -> None:
-        """Run one token over what the path attends to."""
+    def draft(self, token: int, n: int, following: Callable[[], int], ends: Callable[[int], bool]) -> list[int]:
+        """What ``n`` sparse steps from ``token`` on say comes next, at most; the steps are taken back.
+
+        Parameters
+        ----------
+        following : callable
+            Asked after each step for the token that follows.
+        ends : callable
+            Whether nothing follows a token.
+        """
+        first, found = self.n_tokens, list[int]()
+        try:
+            while len(found) < n and not (found and ends(token)):
+                self.step(token, draft=True)
+                found.append(token := following())
+        except BaseException:
+            self.undo(first)
+            raise
+        self.truncate(first)
+        return found
+
+    def step(self, token: int, *, draft: bool = False) -> None:
+        """Run one token over what the path attends to; nobody is told of a ``draft``."""
         begin = time.perf_counter()
         self._begin()
         self._confirm(self.n_tokens)
@@ -343,9 +364,10 @@ class Session:
             self.known.n_since = 0
         self._observe(result, before, begin, step.calibrates)
         self._end()
-        if self.observers.on_attended is not None:  # last, as what is called may raise
-            self.observers.on_attended(position)
-        self.observers.tell_kv(self.n_tokens)
+        if not draft:  # last, as what is called may raise
+            if self.observers.on_attended is not None:
+                self.observers.on_attended(position)
+            self.observers.tell_kv(self.n_tokens)
 
     def observe_truth(self, token: int) -> None:
         """Run one token dense and take its scores: before the history is primed, and for the oracle."""

@@ -29,6 +29,9 @@ class StepTimes:
     attention_us: int = 0
     choose_us: int = 0
     summary_bytes_read: int = 0
+    n_drafted: int = 0  # tokens of drafts that were checked
+    n_checks: int = 0
+    n_accepted: int = 0  # of them, those that dense attention says too
     moves: list[int] = field(default_factory=list)  # device path: blocks brought into the pool, by step
 
     def count(

@@ -18,8 +18,9 @@ MEANS = ("recovery", "middle_recovery", "output_error", "kl_mean", "kl_median", 
 DOCUMENTS = ("prose", "source:_pydecimal", "reference:ssl", "log:7", "talk:5")  # none of them was trained on
 
 
-def documents(llm: Llama, paths: Sequence[Path], n_tokens: int, limit: int) -> dict[str, list[int]]:
-    """Name to tokens: of these files, or of five documents of different kinds; those that are too short are left out.
+def documents(llm: Llama, paths: Sequence[Path], n_tokens: int, limit: int, *, whole: bool = False) -> dict[str, list[int]]:
+    """Name to tokens, one more than ``n_tokens`` or all: of these files, or of five documents of different kinds; those that are too short
+    are left out.
 
     Raises
     ------
@@ -39,7 +40,7 @@ def documents(llm: Llama, paths: Sequence[Path], n_tokens: int, limit: int) -> d
         tokens = llm.tokenize(text.encode())
         longest = max(longest, len(tokens))
         if len(tokens) > n_tokens:
-            found[name.stem if isinstance(name, Path) else name] = tokens[: n_tokens + 1]
+            found[name.stem if isinstance(name, Path) else name] = tokens if whole else tokens[: n_tokens + 1]
     if not found:
         raise ValueError(
             f"the longest document has {longest} tokens, and {n_tokens + 1} are needed; give a longer one (--text) or a smaller --context"

@@ -268,7 +268,7 @@ def measure(
                 predictor=now.predictor,
                 path=now.path,
                 budget=now.budget_blocks(n_context) * BLOCK_TOKENS,
-                budgets=now.budget_allocation,
+                budgets=now.allocation,
                 hold=now.steps_held,
                 calibrate=now.calibrate,
                 recovery=recovery,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from ..bindings.log import MutedLog
@@ -29,7 +30,7 @@ from .exact import attention_row
 from .failures import of_step
 from .handle import ClosedHandle, NativeHandle, in_turn
 from .loading import SMALLER, prepared
-from .speculative import VERIFY_TOKENS, ShortDraft
+from .speculative import VERIFY_TOKENS, ShortDraft, SparseDraft
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,9 @@ class Llama(CheckedLlama):
         self._n_verify = min(VERIFY_TOKENS, self.n_batch, self._session.attached.info.max_taps if self._session else VERIFY_TOKENS)
         if self.draft_model is not None:
             self.draft_model = ShortDraft(self.draft_model, self._n_verify - 1)
+        elif sparse is not None and sparse.exact:
+            self.draft_model = SparseDraft(self, self._n_verify - 1)
+        if self.draft_model is not None:
             # unless they were asked for, logits stay with llama.cpp: `scores` has rows for n_batch tokens only
             self._logits_all = bool(kwargs.get("logits_all"))
 
@@ -215,6 +219,24 @@ class Llama(CheckedLlama):
             self.scores[n_past:n] = logits
         self._n_cached = self._n_tokens = n
         self._requires_eval = False
+
+    @in_turn
+    def draft(self, token: int, n: int) -> list[int]:
+        """What sparse steps say comes after the tokens in the store and ``token``: up to ``n`` tokens, each the likeliest, the last of them
+        one that ends an answer if there is one. The store is as it was."""
+        session, n_tokens = self.session, self.n_tokens
+        with self._undone_on_failure(session):
+            if n < 1 or not session.goes_on(n_tokens) or not session.history.primed:
+                return []
+            self._requires_eval = True
+
+            def following() -> int:
+                return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, -1), shape=(self._n_vocab,)).argmax())
+
+            try:
+                return session.draft(token, n, following, lambda t: bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, t)))
+            finally:
+                self._n_tokens, self._n_cached = n_tokens, -1
 
     @in_turn
     def dense_eval(self, token: int) -> None:
