@@ -27,32 +27,6 @@ void keep_trace(const kvcast_context & kv, const ggml_tensor * q, int layer) {
     }
 }
 
-// The thread that completes the last of a layer's n shares of work reports the layer.
-void complete_share(kvcast_layer & layer, int n, const ggml_tensor * q, int n_taps) {
-    auto & kv = *layer.kv;
-    const auto & info = kv.info;
-    if (layer.n_done.fetch_add(1, std::memory_order_acq_rel) + 1 < n) {
-        return;
-    }
-    if (!kv.trace_q.empty()) {
-        keep_trace(kv, q, layer.id);
-    }
-    if (kv.summary && kv.mode == KVCAST_HISTORY) {
-        kv.note_queries(layer.id, q);
-    }
-    const float * scores = kv.history_scores.data() + (size_t) layer.id * info.max_taps * info.n_head_kv * info.n_blocks;
-    if (kv.mode == KVCAST_SPARSE) {
-        if (kv.summary) {
-            kv.estimate_shares(layer.id);
-        }
-        kv.stats.attention_us += ggml_time_us() - layer.begin_us;
-        scores = kv.scores.data() + (size_t) layer.id * info.n_head_kv * info.n_blocks;
-    }
-    if (kv.callback && kv.callback(kv.callback_user, layer.il, kv.q_pos.back(), scores, n_taps, info.n_head_kv, info.n_blocks) != 0) {
-        kv.fail("an attention callback failed");
-    }
-}
-
 // ---- sparse
 
 // to [block of the list] += factor * share of a cell: of a part of a row's cells, to whose blocks the list has come down to
@@ -195,7 +169,7 @@ void op_attend(ggml_tensor * dst, int /*ith*/, int nth, void * userdata) {
 
         if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
             merge_head(layer, dst, part.head);
-            complete_share(layer, info.n_head_kv, q, 1);
+            kvcast::complete_share(layer, info.n_head_kv, q, 1);
         }
     }
 }
@@ -252,7 +226,7 @@ void op_score(ggml_tensor * dst, int /*ith*/, int /*nth*/, void * userdata) {
             }
         }
         if (layer.parts_done[part.head].fetch_add(1, std::memory_order_acq_rel) + 1 == layer.n_parts[part.head]) {
-            complete_share(layer, info.n_head_kv, q, (int) q->ne[2]);
+            kvcast::complete_share(layer, info.n_head_kv, q, (int) q->ne[2]);
         }
     }
 }
@@ -275,7 +249,7 @@ void op_collect(ggml_tensor * dst, int ith, int nth, void * userdata) {
         }
         std::fill(dst_row + n, dst_row + info.n_blocks, 0.0f);
     }
-    complete_share(layer, nth, q, (int) n_taps);
+    kvcast::complete_share(layer, nth, q, (int) n_taps);
 }
 
 // The scores of a history batch on the GPU that runs the layer; the keys are brought there as for its attention.
@@ -310,6 +284,31 @@ ggml_tensor * score_on_gpu(
 }
 
 } // namespace
+
+void kvcast::complete_share(kvcast_layer & layer, int n, const ggml_tensor * q, int n_taps) {
+    auto & kv = *layer.kv;
+    const auto & info = kv.info;
+    if (layer.n_done.fetch_add(1, std::memory_order_acq_rel) + 1 < n) {
+        return;
+    }
+    if (!kv.trace_q.empty()) {
+        keep_trace(kv, q, layer.id);
+    }
+    if (kv.summary && kv.mode != KVCAST_SPARSE) {
+        kv.note_queries(layer.id, q);
+    }
+    const float * scores = kv.history_scores.data() + (size_t) layer.id * info.max_taps * info.n_head_kv * info.n_blocks;
+    if (kv.mode == KVCAST_SPARSE) {
+        if (kv.summary) {
+            kv.estimate_shares(layer.id);
+        }
+        kv.stats.attention_us += ggml_time_us() - layer.begin_us;
+        scores = kv.scores.data() + (size_t) layer.id * info.n_head_kv * info.n_blocks;
+    }
+    if (kv.callback && kv.callback(kv.callback_user, layer.il, kv.q_pos.back(), scores, n_taps, info.n_head_kv, info.n_blocks) != 0) {
+        kv.fail("an attention callback failed");
+    }
+}
 
 ggml_tensor * kvcast::block_sums(ggml_context * ctx, ggml_tensor * probs, ggml_backend_dev_t device, float & factor) {
     auto * means = ggml_pool_1d(ctx, probs, GGML_OP_POOL_AVG, KVCAST_BLOCK, KVCAST_BLOCK, 0);
@@ -381,6 +380,9 @@ ggml_tensor * kvcast_build_attn(kvcast_context * kv, ggml_context * ctx, ggml_cg
     ggml_tensor * args[] = {q, k, v};
     if (mode == KVCAST_SPARSE) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0] * q->ne[1], n_tokens, 1, 1, args, 3, op_attend, GGML_N_TASKS_MAX, layer);
+    }
+    if (mode == KVCAST_VERIFY) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0] * q->ne[1], n_tokens, 1, 1, args, 3, kvcast::op_verify, GGML_N_TASKS_MAX, layer);
     }
     const bool on_gpu = ggml_backend_dev_type(kv->ctx->get_model().dev_layer(il)) == GGML_BACKEND_DEVICE_TYPE_GPU;
     if (on_gpu && n_tokens >= kvcast::MIN_ON_GPU && kv->scores_on_gpu()) {

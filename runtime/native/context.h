@@ -22,7 +22,7 @@ struct llama_ubatch;
 struct kvcast_context;
 
 // a mode of graphs only: dense, with K and V streamed to the GPU
-constexpr int KVCAST_STREAM = 3;
+constexpr int KVCAST_STREAM = 4;
 
 namespace kvcast {
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::max(); // position of an empty cell
@@ -79,7 +79,8 @@ struct kvcast_layer {
     float scale = 1.0f; // of the logits
     bool plain = false; // the hook met it, and nothing but the mask is added to its logits
 
-    // a contiguous part of one KV head's list, or of its chosen cells, 16 for one; scores: a group of queries of one KV head
+    // a contiguous part of one KV head's list, or of its chosen cells, 16 for one; history: some tokens of a batch, for one KV head;
+    // verify: blocks of one KV head, for all tokens
     struct part {
         int head;
         int begin;
@@ -139,6 +140,10 @@ struct kvcast_context {
     std::vector<float> part_cell_sum;  // [n_head_kv][group*n_cells_max], likewise, of cells
     int n_cells_max = 0;               // cells that a row chooses, at most
 
+    // of a verify batch and the layer that runs: what each query gives each block, relative to a maximum [n_head_kv][n_q][n_used_blocks]
+    std::vector<float> verify_sum;
+    std::vector<float> verify_max;
+
     std::unique_ptr<kvcast_summary> summary; // nullptr: none
     std::unique_ptr<kvcast_pool> pool;       // nullptr: attention in place (the host path)
     std::unique_ptr<kvcast_stream> stream;   // nullptr: large batches as in stock llama.cpp
@@ -192,6 +197,7 @@ struct kvcast_context {
     bool check_lists(int32_t new_block);
     void plan_sparse();
     void plan_history(int n_taps);
+    void plan_verify(int n_tokens);
 };
 
 namespace kvcast {
@@ -216,6 +222,10 @@ float * thread_scratch(size_t n);
 // What a query's blocks got, from the sums and maxima of the kernels: weight * share is added to shares [n], the share is written
 // to own [n] (or nullptr). Returns the log-sum-exp.
 float add_shares(const float * sum, const float * max, int n, float weight, float * shares, float * own);
+// The thread that completes the last of a layer's n shares of work reports the layer.
+void complete_share(kvcast_layer & layer, int n, const ggml_tensor * q, int n_taps);
+// the attention node of a verify batch (verify.cpp)
+void op_verify(ggml_tensor * dst, int ith, int nth, void * layer);
 // K of one head in the store
 rows keys_of(const kvcast_context & kv, int layer, int head);
 // K or V of one head, of a view of the cache [head_dim, n_head_kv, n_cells]

@@ -122,10 +122,10 @@ inline void for_fours(int n_q, F && f) {
     }
 }
 
-// f(rows) for one block: in place when the store is f16 and the machine converts, widened into `wide` otherwise
+// f(rows) for one block: in place when the store is f16, the machine converts and few queries read it; widened into `wide` otherwise
 template <class F>
-inline void with_block(const kvcast::rows & r, int32_t b, float * wide, F && f) {
-    if (HAS_F16_ROWS && !r.to_float) {
+inline void with_block(const kvcast::rows & r, int32_t b, int n_q, float * wide, F && f) {
+    if (HAS_F16_ROWS && !r.to_float && n_q < 4 * Q) {
 #if defined(__AVX512F__) || defined(__F16C__)
         f(f16_rows{r.data + (size_t) b * BLOCK * r.row_bytes, r.row_bytes});
 #endif
@@ -164,7 +164,7 @@ inline void with_rows(const kvcast::rows & r, const kvcast::task & t, int ib, fl
         const int32_t * cells = t.cells + ib * BLOCK;
         with_cells(r, cells, ib + 1 < t.n_blocks ? cells + BLOCK : nullptr, wide, f);
     } else {
-        with_block(r, t.blocks[ib], wide, f);
+        with_block(r, t.blocks[ib], t.n_q, wide, f);
     }
 }
 
@@ -265,7 +265,7 @@ void score(const kvcast::task & t) {
     float * logits = t.work + BLOCK * t.k.n; // [n_q][16]
 
     for (int ib = 0; ib < t.n_blocks; ++ib) {
-        with_block(t.k, t.blocks[ib], wide, [&](const auto & rows) {
+        with_block(t.k, t.blocks[ib], t.n_q, wide, [&](const auto & rows) {
             for_query_runs(t.n_q, [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * BLOCK, BLOCK); });
         });
         for (int iq = 0; iq < t.n_q; ++iq) {

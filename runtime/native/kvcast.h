@@ -22,6 +22,8 @@ enum kvcast_mode {
     KVCAST_DENSE = 0,   // stock llama.cpp
     KVCAST_HISTORY = 1, // stock attention; beside it the block scores of up to max_taps queries
     KVCAST_SPARSE = 2,  // batches of one token attend to the listed blocks; larger batches are dense
+    KVCAST_VERIFY = 3,  // as history, but the attention too is kvcast's: K and V are read once for all tokens of a batch. History where a
+                        // layer is not the CPU's
 };
 
 enum kvcast_trace {

@@ -5,12 +5,18 @@
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
+#include "llama-model.h"
 
 #include <algorithm>
 
 void kvcast_set_mode(kvcast_context * kv, int32_t mode) {
     if (kv->mode == KVCAST_DENSE && mode != KVCAST_DENSE) {
         kv->known = false; // dense batches do not pass through begin_step
+    }
+    const auto & model = kv->ctx->get_model();
+    const auto on_gpu = [&](int il) { return ggml_backend_dev_type(model.dev_layer(il)) == GGML_BACKEND_DEVICE_TYPE_GPU; };
+    if (mode == KVCAST_VERIFY && std::any_of(kv->model_layers.begin(), kv->model_layers.end(), on_gpu)) {
+        mode = KVCAST_HISTORY;
     }
     kv->mode = mode;
     auto & cparams = const_cast<llama_cparams &>(kv->ctx->get_cparams());
@@ -173,9 +179,30 @@ void kvcast_context::plan_history(int n_taps) {
     }
 }
 
+// Cuts the blocks in use into several parts for each thread.
+void kvcast_context::plan_verify(int n_tokens) {
+    const int n_parts = std::clamp(4 * (int) ctx->n_threads() / info.n_head_kv, 1, n_used_blocks);
+    const size_t n_q = (size_t) n_tokens * group();
+    for (auto & layer : layers) {
+        layer->parts.clear();
+        for (int h = 0; h < info.n_head_kv; ++h) {
+            for (int i = 0; i < n_parts; ++i) {
+                layer->parts.push_back({h, n_used_blocks * i / n_parts, n_used_blocks * (i + 1) / n_parts});
+            }
+            layer->n_parts[h] = n_parts;
+        }
+    }
+    const size_t n_results = (size_t) n_parts * info.n_head_kv * n_q;
+    part_max.resize(std::max(part_max.size(), n_results));
+    part_sum.resize(std::max(part_sum.size(), n_results));
+    part_out.resize(std::max(part_out.size(), n_results * info.head_dim_v));
+    verify_sum.resize(std::max(verify_sum.size(), info.n_head_kv * n_q * n_used_blocks));
+    verify_max.resize(verify_sum.size());
+}
+
 void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cells, bool pooled) {
     if (ubatch.n_tokens > (mode == KVCAST_SPARSE ? 1u : (uint32_t) info.max_taps)) {
-        if (mode == KVCAST_HISTORY) {
+        if (mode == KVCAST_HISTORY || mode == KVCAST_VERIFY) {
             fail("a batch in history mode has " + std::to_string(ubatch.n_tokens) + " tokens, more than max_taps");
         }
         known = false;
@@ -199,6 +226,8 @@ void kvcast_context::begin_step(const llama_ubatch & ubatch, const int64_t * cel
             return;
         }
         plan_sparse();
+    } else if (mode == KVCAST_VERIFY) {
+        plan_verify((int) ubatch.n_tokens);
     } else {
         plan_history((int) ubatch.n_tokens);
     }

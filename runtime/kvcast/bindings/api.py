@@ -13,7 +13,7 @@ from typing import IO, Any
 from .loaded import llama_cpp
 from .log import by_one, muted_llama_log
 
-DENSE, HISTORY, SPARSE = 0, 1, 2
+DENSE, HISTORY, SPARSE, VERIFY = 0, 1, 2, 3
 TRACE_NONE, TRACE_HEAD, TRACE_SCORES = 0, 1, 2
 
 kvcast_p = ctypes.c_void_p

@@ -13,6 +13,7 @@ from ..errors import SparseUnsupported
 from .api import (
     DENSE,
     HISTORY,
+    VERIFY,
     TRACE_NONE,
     AttentionCall,
     attention_by_one,
@@ -185,7 +186,7 @@ class NativeContext:
         try:
             yield
         finally:
-            if mode == HISTORY:
+            if mode in (HISTORY, VERIFY):
                 self.set_mode(DENSE)
 
     def set_mode(self, mode: int) -> None:

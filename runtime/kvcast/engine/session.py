@@ -315,7 +315,7 @@ class Session:
         self.path.forget_query()
         self._begin()
         first = self.n_tokens
-        self._run_batch(native.HISTORY, tokens)
+        self._run_batch(native.VERIFY if self.config.exact else native.HISTORY, tokens)
         self._draft_span = first, len(tokens)
         self.path.drop()
         self.known.n_since = 0
@@ -428,7 +428,7 @@ class Session:
             self.path.finish_batch(self._last)
         self._last = None
         self.n_tokens += len(tokens)
-        if mode == native.HISTORY:
+        if mode != native.DENSE:
             self.n_history_taps = len(tokens)
 
     def _confirm(self, n_tokens: int) -> None:
