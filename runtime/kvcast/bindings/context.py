@@ -13,8 +13,8 @@ from ..errors import SparseUnsupported
 from .api import (
     DENSE,
     HISTORY,
-    VERIFY,
     TRACE_NONE,
+    VERIFY,
     AttentionCall,
     attention_by_one,
     attention_callback,
