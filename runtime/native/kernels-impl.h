@@ -78,41 +78,20 @@ inline void accumulate(const float * p, int p_stride, const Rows & rows, int n, 
     }
 }
 
-// f(count, first) over the queries in runs of at most Q, the count a compile-time constant
-template <class F>
-inline void for_query_runs(int n_q, F && f) {
+// f(count, first) over the queries in runs of at most N, 4 or fewer, the count a compile-time constant
+template <int N, class F>
+inline void for_runs(int n_q, F && f) {
+    constexpr int THREE = N < 3 ? 1 : 3, TWO = N < 2 ? 1 : 2; // what cannot be left over is not compiled either
     int iq = 0;
-    for (; iq + Q <= n_q; iq += Q) {
-        f(std::integral_constant<int, Q>(), iq);
+    for (; iq + N <= n_q; iq += N) {
+        f(std::integral_constant<int, N>(), iq);
     }
     switch (n_q - iq) {
         case 3:
-            f(std::integral_constant < int, Q<3 ? 1 : 3>(), iq);
+            f(std::integral_constant<int, THREE>(), iq);
             break;
         case 2:
-            f(std::integral_constant < int, Q<2 ? 1 : 2>(), iq);
-            break;
-        case 1:
-            f(std::integral_constant<int, 1>(), iq);
-            break;
-        default:
-            break;
-    }
-}
-
-// the same in runs of at most 4
-template <class F>
-inline void for_fours(int n_q, F && f) {
-    int iq = 0;
-    for (; iq + 4 <= n_q; iq += 4) {
-        f(std::integral_constant<int, 4>(), iq);
-    }
-    switch (n_q - iq) {
-        case 3:
-            f(std::integral_constant<int, 3>(), iq);
-            break;
-        case 2:
-            f(std::integral_constant<int, 2>(), iq);
+            f(std::integral_constant<int, TWO>(), iq);
             break;
         case 1:
             f(std::integral_constant<int, 1>(), iq);
@@ -212,7 +191,7 @@ void attend(const kvcast::task & t) {
 
     for (int ib = 0; ib < t.n_blocks; ++ib) {
         with_rows(t.k, t, ib, wide, [&](const auto & rows) {
-            for_query_runs(t.n_q,
+            for_runs<Q>(t.n_q,
                     [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * stride + ib * BLOCK, stride); });
         });
         for (int iq = 0; iq < t.n_q; ++iq) {
@@ -253,7 +232,7 @@ void attend(const kvcast::task & t) {
     memset(t.out, 0, sizeof(float) * t.n_q * t.v.n);
     for (int ib = 0; ib < t.n_blocks; ++ib) {
         with_rows(t.v, t, ib, wide, [&](const auto & rows) {
-            for_query_runs(t.n_q, [&](auto count, int iq) {
+            for_runs<Q>(t.n_q, [&](auto count, int iq) {
                 accumulate<count>(logits + iq * stride + ib * BLOCK, stride, rows, t.v.n, t.out + iq * t.v.n);
             });
         });
@@ -266,7 +245,7 @@ void score(const kvcast::task & t) {
 
     for (int ib = 0; ib < t.n_blocks; ++ib) {
         with_block(t.k, t.blocks[ib], t.n_q, wide, [&](const auto & rows) {
-            for_query_runs(t.n_q, [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * BLOCK, BLOCK); });
+            for_runs<Q>(t.n_q, [&](auto count, int iq) { dots<count>(t.q + iq * t.k.n, rows, t.k.n, logits + iq * BLOCK, BLOCK); });
         });
         for (int iq = 0; iq < t.n_q; ++iq) {
             float * l = logits + iq * BLOCK;
@@ -287,7 +266,7 @@ inline void estimate_blocks(const kvcast::estimate_task & t, int b0, const float
     vf quad[4] = {}; // vectors that are not in pieces yet
     for (int j = 0; j < BLOCK; ++j) {
         vf of_cells[V] = {};
-        for_fours(t.n_q, [&](auto count, int iq) {
+        for_runs<4>(t.n_q, [&](auto count, int iq) {
             vf x[count][V];
             for (int q = 0; q < count; ++q) {
                 for (int v = 0; v < V; ++v) {
@@ -354,7 +333,7 @@ void estimate(const kvcast::estimate_task & t) {
             }
         }
 #endif
-        for_query_runs(t.n_q, [&](auto count, int iq) {
+        for_runs<Q>(t.n_q, [&](auto count, int iq) {
             vf acc[count][V];
             for (int q = 0; q < count; ++q) {
                 for (int v = 0; v < V; ++v) {

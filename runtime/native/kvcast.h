@@ -104,7 +104,8 @@ struct kvcast_sizes {
 
 LLAMA_API const char * kvcast_version(void);
 // Of a context of this shape (all of info but kq_scale and the bytes that kvcast holds), without making one. n_batch: tokens of the
-// largest batch on a GPU.
+// largest batch on a GPU. Dimensions must be positive, and heads whole blocks of the cache's types; the arrays that only checks of drafts
+// use, made at the first of them, are not in it.
 LLAMA_API struct kvcast_sizes kvcast_sizes_of(struct kvcast_info shape, struct kvcast_params params, int32_t n_batch);
 
 // NULL on refusal; then error (a buffer of n_error bytes) holds one sentence that says why.

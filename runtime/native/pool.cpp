@@ -67,19 +67,20 @@ kvcast::pool_groups kvcast::make_pool_tensors(kvcast_pool & pool, const kvcast_i
     const auto k_type = (ggml_type) info.type_k;
     const auto v_type = (ggml_type) info.type_v;
     const int64_t n_rows = (int64_t) info.n_layer * info.n_head_kv;
-    pool.n_slots = (int) (n_blocks * n_rows);
-    pool.n_staging = std::max(1, pool.n_slots / staging_share);
+    const int64_t n_slots = n_blocks * n_rows, n_staging = std::max<int64_t>(1, n_slots / staging_share);
+    pool.n_slots = (int) n_slots;
+    pool.n_staging = (int) n_staging;
     pool.k_block_bytes = KVCAST_BLOCK * ggml_row_size(k_type, info.head_dim_k);
     pool.v_block_bytes = KVCAST_BLOCK * ggml_row_size(v_type, info.head_dim_v);
     pool.tensors.reset(ggml_init({32 * ggml_tensor_overhead(), nullptr, true}));
 
     auto * ctx = pool.tensors.get();
-    pool.k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, (int64_t) pool.n_slots * KVCAST_BLOCK);
-    pool.v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, (int64_t) pool.n_slots * KVCAST_BLOCK);
+    pool.k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, n_slots * KVCAST_BLOCK);
+    pool.v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, n_slots * KVCAST_BLOCK);
     for (auto & s : pool.staged) {
-        s.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool.k_block_bytes / 2, pool.n_staging);
-        s.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool.v_block_bytes / 2, pool.n_staging);
-        s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, pool.n_staging);
+        s.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool.k_block_bytes / 2, n_staging);
+        s.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pool.v_block_bytes / 2, n_staging);
+        s.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_staging);
     }
     pool.new_k = ggml_new_tensor_2d(ctx, k_type, info.head_dim_k, n_rows);
     pool.new_v = ggml_new_tensor_2d(ctx, v_type, info.head_dim_v, n_rows);

@@ -232,3 +232,17 @@ def test_a_callback_that_a_signal_cut_off_as_it_began_is_over(file, monkeypatch)
     llm.eval(PROMPTS[0])
     assert len(begun) == 1 and llm.n_tokens >= len(PROMPTS[0])
     llm.close()
+
+
+@pytest.mark.parametrize("sparse", [SparseConfig(budget=256), None])
+def test_a_signal_ends_a_prompt_without_llama_cpps_words(small, code, sparse, capfd):
+    llm = Llama(small, n_ctx=4096, sparse=sparse, n_threads=1, n_threads_batch=1, verbose=False)
+    tokens = (llm.tokenize(code.encode()) * 4)[:4000]
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval(tokens)
+    timer.join()
+    assert capfd.readouterr().err == ""
+    llm.eval(tokens[:10])
+    llm.close()

@@ -1,6 +1,7 @@
 """``kvcast plan``: its sums are what loading allocates, its choices hold what it says, wrong input gets one sentence."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,16 @@ def test_sums_are_what_loading_allocates(model, path, kv_type, request):
         assert (held.pool, held.staging, held.taps) == real["pool"]
     else:
         assert held.summary == real["summary"]
+
+
+def test_sums_of_odd_headers(tmp_path):
+    header = read_header(write_shape(tmp_path / "m.gguf"))
+    most = dict(n_layer=512, n_head=1 << 16, n_head_kv=1 << 16)  # what a header may claim
+    for change in (most, {"n_head": 0, "n_head_kv": 0}, {"head_dim_k": 0}, {"head_dim_v": -4}):
+        with pytest.raises(ModelError, match="no machine holds"):
+            sizes.allocated(replace(header, **change), (1 << 31) - 256, 1, 1 << 27)
+    held = sizes.allocated(replace(header, n_layer=64, n_head=16, n_head_kv=16), 1 << 30, 1, 1 << 30)  # more slots than 32 bits count
+    assert held.pool == 64 * 16 * (1 << 30) * 2 * 64 * 2 and 0 < held.staging < held.pool
 
 
 @pytest.mark.parametrize(

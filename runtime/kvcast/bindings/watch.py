@@ -7,10 +7,10 @@ from collections.abc import Generator
 
 from . import api as native
 from .loaded import llama_cpp
-from .log import is_lost, take_lost
+from .log import MutedLog, is_lost, take_lost
 
 
-def _answers(raised: list[BaseException]) -> Generator[int, None, None]:
+def _answers(raised: list[tuple[BaseException, MutedLog]]) -> Generator[int, None, None]:
     """Whether to go on, again and again. Python handles signals where its own code goes on: that is inside the ``try`` here, while what a
     handler raises at the first line of a function would be lost in the native code that called it."""
     while True:
@@ -20,7 +20,7 @@ def _answers(raised: list[BaseException]) -> Generator[int, None, None]:
         except GeneratorExit:
             return
         except BaseException as error:  # noqa: BLE001 - ``take_raised`` brings it to where Python goes on
-            raised.append(error)
+            raised.append((error, MutedLog()))  # llama.cpp would say that it failed
 
 
 class Watch:
@@ -31,7 +31,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._raised: list[BaseException] = []
+        self._raised: list[tuple[BaseException, MutedLog]] = []
         answers = _answers(self._raised)
         next(answers)
         self._poll = native.watch_poll(answers.__next__)
@@ -51,7 +51,7 @@ class Watch:
     def take_raised(self) -> BaseException | None:
         """What a signal handler raised meanwhile, once."""
         if self._raised:
-            return self._raised.pop()
+            return self._raised.pop()[0]
         return take_lost()
 
     def over_loading(self, params: llama_cpp.llama_model_params) -> None:

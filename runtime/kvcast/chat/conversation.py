@@ -83,7 +83,7 @@ def open_or_read(llm: Llama, tokens: list[int], cache: DocumentCache | None, tit
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one answer took; seconds and tokens. Times of sparse steps are None when the model runs dense."""
+    """What one answer took; seconds and tokens. Times of sparse steps are None when the model runs dense; ``exact``: they were drafts."""
 
     n_tokens: int
     first_token_s: float
@@ -91,6 +91,7 @@ class Figures:
     n_context: int
     stopped: bool
     times: StepTimes | None
+    exact: bool = False
 
     def line(self) -> str:
         """One line for people."""
@@ -100,8 +101,10 @@ class Figures:
             f"first after {self.first_token_s:.1f} s",
             f"context {self.n_context:,}",
         ]
-        if self.times is not None and self.times.n_steps:
-            t = self.times
+        t = self.times
+        if t is not None and self.exact:
+            parts.append(f"{t.n_accepted} of {t.n_drafted} drafted tokens accepted")
+        elif t is not None and t.n_steps:
             parts.append(f"KV read {t.blocks_dense / t.blocks_read:.1f}x less than dense")
             parts.append(f"estimated recovery {t.share_sum / t.n_steps:.2f}")
         return " · ".join(parts) + (" · stopped" if self.stopped else "")
@@ -226,6 +229,7 @@ class Conversation:
             n_context=llm.n_tokens,
             stopped=self.stopped,
             times=llm.session.times if sparse else None,
+            exact=sparse and llm.session.config.exact,
         )
 
     def stop(self) -> None:

@@ -68,8 +68,8 @@ def exactness(
     budget: Budget = None,
     text: Annotated[list[Path] | None, typer.Option(help="Documents; repeatable. Default: five of different kinds.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many documents; 0: all.")] = 0,
-    answers: Annotated[int, typer.Option(help="To each document, after parts of it.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Of an answer.")] = 100,
+    answers: Annotated[int, typer.Option(min=1, help="To each document, after parts of it.")] = 1,
+    tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 100,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -81,7 +81,7 @@ def exactness(
     from ..llama.model import Llama
     from .console import fetched, progress
 
-    (budget_tokens,) = _budgets(budget, context)
+    budget_tokens = _one_budget(budget, context)
     path = fetched(model)
     more: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
     more.update(n_ctx=-(-(context + tokens + 64) // 256) * 256, verbose=False)
@@ -133,12 +133,10 @@ def _command(turns: int) -> Callable[..., None]:
         for task in wanted:
             if task not in TASKS:
                 raise ValueError(f"there is no task {task!r}; choose of ruler, all, {', '.join(TASKS)}")
-        budgets = _budgets(budget, context)
-        if len(budgets) > 1:
-            raise ValueError("tasks take one --budget at a time")
-        chosen = _selectors(selectors, budgets, dense=True)
-        path, llm = _load(model, context + 64, budgets[0], threads, gpu_layers)
-        settings = dict(context=context, budget=budgets[0], turns=turns, seed=seed)
+        one = _one_budget(budget, context)
+        chosen = _selectors(selectors, [one], dense=True)
+        path, llm = _load(model, context + 64, one, threads, gpu_layers)
+        settings = dict(context=context, budget=one, turns=turns, seed=seed)
         about = {**origin(path, **settings), "haystack": haystack.stem if haystack else "prose"}
         prose = sentences(read_text(haystack or DEFAULT_TEXT))
         journal = json_file.with_suffix(".jsonl") if json_file else None
@@ -146,7 +144,7 @@ def _command(turns: int) -> Callable[..., None]:
             done = run(llm, turns, wanted, range(samples), chosen, few, seed, context, prose, about, journal, update)
         results = scores(done)
         kind = "RULER-style" if turns == 1 else "The question in a later turn"
-        title = f"{kind}, {path.stem}, {context} tokens, budget {budgets[0]}"
+        title = f"{kind}, {path.stem}, {context} tokens, budget {one}"
         _show(score_table(results))
         _write(json_file, {**about, "results": results, "samples": done}, lambda: markdown(score_table(results), title))
         if json_file:
@@ -171,6 +169,13 @@ def _budgets(texts: list[str] | None, context: int) -> list[int]:
     from ..eval.selectors import budget_tokens
 
     return [budget_tokens(text, context) for text in texts or ["1/13"]]
+
+
+def _one_budget(texts: list[str] | None, context: int) -> int:
+    budgets = _budgets(texts, context)
+    if len(budgets) > 1:
+        raise ValueError("give one --budget at a time; this command compares at one")
+    return budgets[0]
 
 
 def _selectors(names: str, budgets: list[int], dense: bool):

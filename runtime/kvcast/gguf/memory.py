@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..blocks import BLOCK_TOKENS
+from ..errors import ModelError
 from .header import Header
 from .reader import row_size
 
@@ -19,6 +20,7 @@ KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # of the KV cache: ggml
 STAGING_SHARE = 16  # a staging buffer holds one in so many of the pool's slots
 HOST_RESERVE = 400 << 20  # Python, NumPy, Numba, ONNX Runtime
 POOL_RESERVE = 100 << 20  # the same beside a pool: work space of taps
+ELEMENTS_MAX = 1 << 50  # of a KV cache; sums of more could pass 64 bits
 DEVICE_RESERVE = 700 << 20  # CUDA's context and work space beside the buffers, as measured on an H100
 
 
@@ -50,10 +52,21 @@ def allocated(header: Header, n_ctx: int, kind: int = 1, pool_tokens: int = 0, n
     -------
     kvcast_sizes
         Bytes; native/kvcast.h says of what.
+
+    Raises
+    ------
+    ModelError
+        The header's numbers are none of a language model, or more than any machine holds.
     """
     from ..bindings.api import kvcast_info, kvcast_params, kvcast_sizes_of
 
     cells = n_cells(n_ctx)
+    dims = (header.head_dim_k, header.head_dim_v)
+    if min(_n_rows(header), header.n_head, *dims, cells) < 1 or _n_rows(header) * cells * sum(dims) > ELEMENTS_MAX:
+        raise ModelError(
+            f"the header claims {header.n_layer} layers with {header.n_head_kv} KV heads of {header.head_dim_k} channels; "
+            f"with {n_ctx} tokens no machine holds their KV cache; take another file"
+        )
     shape = kvcast_info(
         n_layer=header.n_layer_served,
         n_head=header.n_head,

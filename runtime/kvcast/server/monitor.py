@@ -129,6 +129,7 @@ class SessionMonitor:
         n_blocks = -(-n_tokens // BLOCK_TOKENS)
         n_answer, seconds = self._n_answer, self._last - self._first
         n_steps = times.n_steps
+        drafts = config is not None and config.exact  # an answer reads all and recovers all: what is counted are drafts
         return {
             **self._facts,
             "state": self._state,
@@ -138,8 +139,8 @@ class SessionMonitor:
             "budget": None if config is None else config.budget_blocks(n_tokens) * BLOCK_TOKENS,
             "n_answer": n_answer,
             "tok_s": n_answer / seconds if n_answer and seconds > 0 else None,
-            "compression": times.blocks_dense / times.blocks_read if times.blocks_read else None,
-            "recovery": times.share_sum / n_steps if n_steps else None,
+            "compression": times.blocks_dense / times.blocks_read if times.blocks_read and not drafts else None,
+            "recovery": times.share_sum / n_steps if n_steps and not drafts else None,
             "step_ms": _parts(times) if n_steps else None,
             "maps": None if config is None else self._maps(n_blocks, config.steps_held),
         }
